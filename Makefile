@@ -1,0 +1,61 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make` alone lists what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := kdiffusion,train,bench,dev
+WORKERS ?= 2
+ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := tdpm_ext kernels benchmarks tests setup.py
+
+# the environment is complete in itself: nothing of the caller's Python leaks in
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format clean
+
+help:  ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+env: $(STAMP)  ## build the environment in .venv (about 6 GB, once)
+
+demo: $(STAMP)  ## fit a prior for the shipped checkpoint, sample and compare; leaves pictures and tables in out/
+	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+test: $(STAMP)  ## run all tests (ARGS="-k word" picks some)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(STAMP)  ## mend what can be mended of style and formatting
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:  ## remove the environment, caches and build products (out/ stays)
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# what stops an installation, said in words
+ANOTHER := Name another one: make PYTHON=/path/to/python3
+NO_PYTHON = No '$(PYTHON)' here: install Python >= 3.10. $(ANOTHER)
+TOO_OLD = is too old: tdpm-ext needs Python >= 3.10. $(ANOTHER)
+NO_VENV = '$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv. $(ANOTHER)
+
+# The stamp comes last, so that an interrupted or failed installation is taken up again by the next `make`.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(NO_PYTHON)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$$($(PYTHON) --version 2>&1) $(TOO_OLD)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@# from Python 3.13 on, k-diffusion's stated requirements cannot be met (setup.py says why); what it imports is there
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' \
+		|| $(PIP) install --no-deps -c constraints.txt k-diffusion dctorch
+	@touch $@

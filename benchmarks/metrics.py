@@ -1,0 +1,199 @@
+"""Distances between sets of features, in float64 numpy; nothing here looks at a picture or a network.
+
+Distances are between rows of features [N, D]. Standardise once with the reference set's own mean and deviation
+(``standardise``), so that no feature dominates by its scale; then quote every Frechet distance with its
+``floor`` at the same N: real pictures against real pictures, which is above zero and falls with N.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 1024  # rows of a distance or kernel matrix held at once
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error (or, from ``floor``, its standard deviation between blocks)."""
+
+    value: float
+    error: float
+
+
+class Manifold(NamedTuple):
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020)."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def _rows(features, name: str, least: int = 2) -> np.ndarray:
+    rows = np.asarray(features, dtype=np.float64)
+    if rows.ndim != 2 or len(rows) < least:
+        raise ValueError(f"{name}: need features [N, D] with N >= {least}, not shape {rows.shape}")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} rows are not finite")
+    return rows
+
+
+def _pair(a, b, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _rows(a, "first set", least), _rows(b, "second set", least)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"the sets have {a.shape[1]} and {b.shape[1]} features: use one network for both")
+    return a, b
+
+
+def standardise(reference, *others) -> list[np.ndarray]:
+    """``[reference, *others]`` with the reference's mean and deviation removed per feature, in float64.
+
+    A feature that is constant over the reference is shifted but not scaled.
+    """
+    reference = _rows(reference, "reference")
+    mean, deviation = reference.mean(0), reference.std(0)
+    scale = np.where(deviation > 1e-9 * max(1.0, deviation.max()), deviation, 1.0)
+    return [(_pair(reference, other, 1)[1] - mean) / scale for other in (reference, *others)]
+
+
+def frechet_distance(feats_a, feats_b) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): the squared 2-Wasserstein distance of the Gaussian fits.
+
+    Args:
+        feats_a, feats_b: features [N, D] and [M, D]; covariances are the unbiased ones. The square root is taken
+            through two symmetric eigen-decompositions, which also hold for rank-deficient covariances (N <= D).
+
+    Source: Dowson and Landau 1982; in image evaluation Heusel et al. 2017 (there on Inception features).
+    """
+    a, b = _pair(feats_a, feats_b)
+    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    inner = root @ cov_b @ root
+    cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    shift = a.mean(0) - b.mean(0)
+    return float(max(0.0, shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+
+
+def floor(feats_a, feats_b, n: int, blocks: int | None = None, seed: int = 0, labels=None) -> Estimate:
+    """Frechet distance from the reference ``feats_a`` to disjoint blocks of ``n`` other real pictures.
+
+    Args:
+        feats_a: reference features [N, D], the same ones that samples are judged against.
+        feats_b: features [M, D] of real pictures outside the reference; shuffled by ``seed``.
+        blocks: how many blocks (default: as many as fit).
+        labels: classes [M] of ``feats_b``: every block then holds them in equal shares, as it should when the
+            samples do (the floor is lower than that of random blocks).
+
+    Returns the mean over the blocks and their standard deviation (NaN for one block).
+    """
+    a, b = _pair(feats_a, feats_b)
+    blocks = len(b) // n if blocks is None else blocks
+    if n < 2 or blocks < 1 or n * blocks > len(b):
+        raise ValueError(f"{blocks} disjoint blocks of {n} do not fit into {len(b)} pictures: ask for fewer or smaller")
+    order = np.random.default_rng(seed).permutation(len(b))
+    if labels is not None:
+        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+    order = order[np.arange(n * blocks) * len(b) // (n * blocks)]
+    values = [frechet_distance(a, b[order[i::blocks]]) for i in range(blocks)]
+    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)) if blocks > 1 else float("nan"))
+
+
+def _kernel_sums(a: np.ndarray, b: np.ndarray, weights_a: np.ndarray, weights_b: np.ndarray, same: bool) -> np.ndarray:
+    """For each column r: sum_ij weights_a[i, r] k(a_i, b_j) weights_b[j, r], without i = j if ``same``."""
+    total = np.zeros(weights_a.shape[1])
+    for start in range(0, len(a), BLOCK):
+        part = slice(start, start + BLOCK)
+        kernel = (a[part] @ b.T / a.shape[1] + 1) ** 3
+        if same:
+            rows = np.arange(len(kernel))
+            kernel[rows, start + rows] = 0
+        total += (weights_a[part] * (kernel @ weights_b)).sum(0)
+    return total
+
+
+def kernel_distance(feats_a, feats_b, replicates: int = 200, seed: int = 0) -> Estimate:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, and its bootstrap error.
+
+    Its expectation is zero for two samples of one distribution, at any N: it needs no floor, and may come out
+    negative. Bootstrap replicates resample both sets; pairs of one picture with itself stay excluded.
+
+    Source: Binkowski et al. 2018 (there on Inception features).
+    """
+    a, b = _pair(feats_a, feats_b)
+    rng = np.random.default_rng(seed)
+    counts = [
+        np.column_stack([np.ones(len(x)), rng.multinomial(len(x), np.full(len(x), 1 / len(x)), replicates).T])
+        for x in (a, b)
+    ]
+    within = [
+        _kernel_sums(x, x, w, w, same=True) / (w.sum(0) ** 2 - (w**2).sum(0))
+        for x, w in zip((a, b), counts, strict=True)
+    ]
+    between = _kernel_sums(a, b, *counts, same=False) / (counts[0].sum(0) * counts[1].sum(0))
+    values = within[0] + within[1] - 2 * between
+    return Estimate(float(values[0]), float(values[1:].std(ddof=1)) if replicates > 1 else float("nan"))
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray):
+    """Yield (rows of a, squared distances [rows, len(b)]) block by block."""
+    norm_b = (b**2).sum(1)
+    for start in range(0, len(a), BLOCK):
+        part = slice(start, min(start + BLOCK, len(a)))
+        square = (a[part] ** 2).sum(1)[:, None] + norm_b - 2 * a[part] @ b.T
+        yield part, square.clip(0)
+
+
+def _squared_radii(x: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each row to its k-th nearest other row."""
+    radii = np.empty(len(x))
+    for part, square in _squared_distances(x, x):
+        rows = np.arange(len(square))
+        square[rows, part.start + rows] = 0  # itself comes first, also among duplicates
+        radii[part] = np.partition(square, k, axis=1)[:, k]
+    return radii
+
+
+def manifold(real, fake, k: int = 5) -> Manifold:
+    """Precision, recall, density and coverage of ``fake`` [M, D] against ``real`` [N, D] with k nearest neighbours.
+
+    Coverage and recall reveal missing modes and duplicates that a Frechet distance hardly sees. All four depend
+    on N and M: compare them at equal counts only.
+    """
+    real, fake = _pair(real, fake, k + 1)
+    radii_real, radii_fake = _squared_radii(real, k), _squared_radii(fake, k)
+    inside, recalled, covered = np.zeros(len(fake)), np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for part, square in _squared_distances(real, fake):
+        in_real_ball = square <= radii_real[part, None]
+        inside += in_real_ball.sum(0)
+        covered[part] = in_real_ball.any(1)
+        recalled[part] = (square <= radii_fake).any(1)
+    return Manifold(
+        float((inside > 0).mean()), float(recalled.mean()), float(inside.mean() / k), float(covered.mean())
+    )
+
+
+def paired_rmse(a, b) -> float:
+    """Root mean square difference over all values of two equally shaped sets, picture i against picture i."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"paired_rmse needs two non-empty sets of one shape, not {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("paired_rmse: some values are not finite")
+    return float(np.sqrt(np.mean((a - b) ** 2)))
+
+
+def nearest_distance(samples, references) -> np.ndarray:
+    """Euclidean distance of each sample to its nearest reference: float64 [N]; zero means a copy.
+
+    Args:
+        samples, references: [N, ...] and [M, ...] of any one shape, flattened; compared block by block.
+    """
+    samples, references = (np.asarray(x).reshape(len(x), -1) for x in (samples, references))
+    samples, references = _pair(samples, references, 1)
+    nearest = np.empty(len(samples))
+    for part, square in _squared_distances(samples, references):
+        # the expanded square decides which is nearest; its distance is then taken without cancellation
+        nearest[part] = np.linalg.norm(samples[part] - references[square.argmin(1)], axis=1)
+    return nearest

@@ -1,0 +1,242 @@
+"""Choose, for each budget, where to cut, at which sigmas to evaluate, and at which order to step.
+
+`fidelity` wants the picture that the untruncated checkpoint gives from the same seed: candidates are tried on a
+stand-in made of reference trajectories, the best on the checkpoint itself. `quality` wants pictures that are
+distributed like the data: short runs are compared with pictures by a Frechet distance in fixed random features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from tdpm_ext.distance import FeatureDistance
+from tdpm_ext.plan import Plan
+from tdpm_ext.priors.base import ImplicitPrior
+from tdpm_ext.reference import StandIn, Trajectories, run_batched
+from tdpm_ext.schedule import karras
+from tdpm_ext.solver import solve
+
+BUDGETS = (2, 3, 4, 5, 6, 8)
+OBJECTIVES = ("fidelity", "quality")
+RHOS = (1.0, 2.0, 3.0, 5.0, 7.0)
+HISTORY = (1.6, 2.56)  # levels of the seeded estimates, as multiples of sigma_trunc
+
+
+def calibrate(
+    prior: ImplicitPrior,
+    model: Callable[..., torch.Tensor],
+    budgets: Sequence[int] = BUDGETS,
+    *,
+    objective: str = "fidelity",
+    data=None,
+    extra_args: dict | None = None,
+    num_classes: int = 0,
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    samples: int | None = None,
+    sigma_min: float = 0.02,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = True,
+) -> ImplicitPrior:
+    """Fill ``prior.plans[objective]`` with a plan per budget; returns the same prior.
+
+    Args:
+        model: ``model(x, sigma, **extra_args) -> denoised``.
+        budgets: evaluations to plan for; others are interpolated later.
+        objective: ``fidelity`` (no data needed) or ``quality`` (needs ``data``).
+        data: pictures in the form `fit_prior` takes.
+        num_classes: sample with ``class_cond`` running through the classes; 0: unconditionally.
+        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions.
+        samples: seeds used (default 48 for fidelity, 384 for quality).
+
+    Raises:
+        ValueError: unknown objective, no data for quality, a budget below 1, a denoiser that gives NaN.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    budgets = sorted({int(b) for b in budgets})
+    if not budgets or budgets[0] < 1:
+        raise ValueError(f"budgets {budgets}: give one or more numbers of evaluations, each at least 1")
+    if objective == "quality" and data is None:
+        raise ValueError("objective 'quality' compares with pictures: give data=; 'fidelity' needs none")
+    samples = samples or (48 if objective == "fidelity" else 384)
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(samples, *prior.shape, generator=generator)
+    extra = dict(extra_args or {})
+    if num_classes:
+        extra["class_cond"] = torch.arange(samples) % num_classes
+    job = _Job(prior, model, z, extra, sigma_min, batch, progress)
+    if objective == "fidelity":
+        plans = _fidelity(job, budgets)
+    else:
+        plans = _quality(job, budgets, FeatureDistance(data, features, seed=seed))
+    prior.plans[objective] = {**prior.plans.get(objective, {}), **plans}
+    prior.card["calibrated_cond_scale"] = float(extra.get("cond_scale", 1.0))
+    return prior
+
+
+class _Job:
+    """One prior, one checkpoint, one set of seeds."""
+
+    def __init__(self, prior, model, z, extra, sigma_min, batch, progress):
+        self.prior, self.model, self.z, self.extra = prior, model, z, extra
+        self.sigma_min, self.batch, self.progress = sigma_min, batch, progress
+        self.cond = {k: v for k, v in extra.items() if k == "class_cond"}
+
+    def start(self, sigma_trunc: float, history: Sequence[float]):
+        """The prior's draw and history for all seeds, in slices."""
+        xs, seen = [], []
+        for k in range(0, len(self.z), self.batch):
+            cond = {n: v[k : k + self.batch] for n, v in self.cond.items()}
+            x, past = self.prior.start(self.z[k : k + self.batch], sigma_trunc, tuple(history), **cond)
+            xs.append(x)
+            seen.append(past)
+        merged = [(s, torch.cat([past[j][1] for past in seen])) for j, (s, _) in enumerate(seen[0])]
+        return torch.cat(xs), merged
+
+    def run(self, plan: Plan) -> torch.Tensor:
+        """The plan on the checkpoint itself: final pictures [B, *shape]."""
+        x, history = self.start(plan.sigma_trunc, plan.history)
+        return run_batched(self.model, x, plan.sigmas, self.extra, self.batch, orders=plan.orders, history=history)
+
+
+def make_plan(sigma_trunc: float, last: float, budget: int, rho: float, order: int, points: int) -> Plan:
+    """A Karras-shaped plan; ``points`` estimates of history at fixed ratios above the cut."""
+    sigmas = tuple(karras(budget, sigma_trunc, min(last, 0.9 * sigma_trunc), rho).tolist())
+    return Plan(sigmas, (order,) * budget, tuple(h * sigma_trunc for h in HISTORY[:points]))
+
+
+def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).double().square().mean().sqrt())
+
+
+# -- fidelity ------------------------------------------------------------------------------------------------------
+
+
+def _fidelity(job: _Job, budgets: list[int]) -> dict[int, Plan]:
+    prior = job.prior
+    trajectories = Trajectories(
+        job.model, job.z, prior.sigma_max, job.sigma_min, job.extra, batch=job.batch, progress=job.progress
+    )
+    stand_in = StandIn(trajectories, prior)
+    std = float(trajectories.final.std())
+    cuts = [std * r for r in (1.5, 2, 2.8, 4, 5.6, 8, 11, 16, 23, 32, 45) if std * r < 0.7 * prior.sigma_max]
+    starts = {}
+    for cut in tqdm(cuts, desc="prior", disable=not job.progress, leave=False):
+        x, history = job.start(cut, [h * cut for h in HISTORY])
+        starts[cut] = (stand_in.rotate(x), [(s, stand_in.rotate(d)) for s, d in history])
+    plans = {}
+    for budget in tqdm(budgets, desc="calibrating fidelity", disable=not job.progress):
+        candidates = _search_stand_in(stand_in, starts, std, budget)
+        scored = [(rmse(job.run(plan), trajectories.final), plan) for plan in candidates]
+        scored.sort(key=lambda pair: pair[0])
+        error, plan = _polish(job, trajectories.final, *scored[0])
+        plans[budget] = Plan(plan.sigmas, plan.orders, plan.history, error=error)
+    return plans
+
+
+def _search_stand_in(stand_in: StandIn, starts: dict, std: float, budget: int, keep: int = 5) -> list[Plan]:
+    """The most promising plans: a sweep of Karras shapes, then free sigmas by coordinate descent."""
+
+    def score(plan: Plan, cut: float) -> float:
+        c, history = starts[cut]
+        out = solve(stand_in, c, plan.sigmas, disable=True, orders=plan.orders, history=history[: len(plan.history)])
+        return rmse(out, stand_in.final)
+
+    found = []
+    for cut in starts:
+        best = []
+        for last in (0.03, 0.06, 0.12, 0.2, 0.3, 0.45):
+            for rho in RHOS:
+                for order in (2, 3):
+                    plan = make_plan(cut, last * std / 0.5, budget, rho, order, 2)
+                    best.append((score(plan, cut), cut, plan))
+        best.sort(key=lambda item: item[0])
+        found.append(best[0])
+    found.sort(key=lambda item: item[0])
+    refined = [_descend(lambda p, c=cut: score(p, c), value, plan) for value, cut, plan in found[:keep]]
+    return [plan for _, plan in refined]
+
+
+def _descend(score: Callable[[Plan], float], value: float, plan: Plan, rounds: int = 3) -> tuple[float, Plan]:
+    """Coordinate descent over log sigma (the cut stays) and the order of each step."""
+    for step in [0.3, 0.15, 0.08][:rounds]:
+        for i in range(1, plan.steps):
+            for factor in (math.exp(step), math.exp(-step)):
+                moved = _moved(plan, i, factor)
+                if moved and (new := score(moved)) < value:
+                    value, plan = new, moved
+        for i in range(plan.steps - 1):
+            for order in (1, 2, 3):
+                orders = tuple(order if j == i else o for j, o in enumerate(plan.orders))
+                if orders != plan.orders and (new := score(Plan(plan.sigmas, orders, plan.history))) < value:
+                    value, plan = new, Plan(plan.sigmas, orders, plan.history)
+    return value, plan
+
+
+def _moved(plan: Plan, i: int, factor: float) -> Plan | None:
+    sigma = plan.sigmas[i] * factor
+    if not plan.sigmas[i + 1] * 1.05 < sigma < plan.sigmas[i - 1] / 1.05:
+        return None
+    return Plan(tuple(sigma if j == i else s for j, s in enumerate(plan.sigmas)), plan.orders, plan.history)
+
+
+def _polish(job: _Job, target: torch.Tensor, value: float, plan: Plan) -> tuple[float, Plan]:
+    """Real runs: the whole schedule a little higher or lower, its end, and plainer orders."""
+    for trial in (_scaled(plan, 1.15, 0), _scaled(plan, 0.87, 0), _scaled(plan, 1.3, 1), _scaled(plan, 0.77, 1)):
+        if trial and (new := rmse(job.run(trial), target)) < value:
+            value, plan = new, trial
+    return value, plan
+
+
+def _scaled(plan: Plan, factor: float, keep: int) -> Plan | None:
+    """All sigmas but the first ``keep`` times ``factor``; history moves with the cut."""
+    sigmas = [s if i < keep else s * factor for i, s in enumerate(plan.sigmas)]
+    if any(a <= b * 1.02 for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        return None
+    ratio = sigmas[0] / plan.sigmas[0]
+    return Plan(tuple(sigmas), plan.orders, tuple(h * ratio for h in plan.history))
+
+
+# -- quality -------------------------------------------------------------------------------------------------------
+
+
+def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[int, Plan]:
+    """A line search over the cut, then over the last sigma, started from the neighbouring budget's best."""
+    std = distance.std
+    plans: dict[int, Plan] = {}
+    cut, last = 1.7 * std, 0.12 * std
+    for budget in tqdm(budgets, desc="calibrating quality", disable=not job.progress):
+        scores: dict[tuple[float, float], float] = {}
+
+        def score(point: tuple[float, float], budget=budget, scores=scores) -> float:
+            if point not in scores:
+                scores[point] = distance(job.run(make_plan(*point, budget, 3.0, 2, 2)))
+            return scores[point]
+
+        for axis, factor in ((0, 1.4), (1, 1.6)):
+            cut, last = _line_search(score, (cut, last), axis, factor)
+        plan = make_plan(cut, last, budget, 3.0, 2, 2)
+        plans[budget] = Plan(plan.sigmas, plan.orders, plan.history, error=score((cut, last)))
+        last *= 0.85  # more evaluations can end lower
+    return plans
+
+
+def _line_search(score, point: tuple[float, float], axis: int, factor: float) -> tuple[float, float]:
+    """Walk along one coordinate in steps of ``factor`` while the score falls."""
+
+    def move(p, times):
+        return tuple(v * times if i == axis else v for i, v in enumerate(p))
+
+    value = score(point)
+    for times in (factor, 1 / factor):
+        walked = False
+        while (new := score(move(point, times))) < value:
+            point, value, walked = move(point, times), new, True
+        if walked:
+            break
+    return point

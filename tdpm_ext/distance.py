@@ -1,0 +1,75 @@
+"""A distance between sets of pictures for calibration: Frechet, in fixed random features unless better are given.
+
+Random convolutions see edges, textures and their placement; they rank variants of one model well enough to choose a
+schedule by, need no weights, and are not the networks that the benchmarks judge with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tdpm_ext.priors.moments import Batches
+
+KEPT = 64  # leading feature axes in which the distance is taken
+
+
+class RandomFeatures(nn.Module):
+    """Pictures [B, C, H, W] -> vectors: means and spreads of three random convolution layers on a coarse grid."""
+
+    def __init__(self, channels: int, seed: int = 0, width: int = 48):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = []
+        for c_in in (channels, width, width):
+            w = torch.randn(width, c_in, 3, 3, generator=generator)
+            self.weights.append(w / w.flatten(1).norm(dim=1)[:, None, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = []
+        for w in self.weights:
+            x = F.leaky_relu(F.conv2d(x, w.to(x), padding=1), 0.1)
+            out += [F.adaptive_avg_pool2d(x, 2).flatten(1), x.square().mean((2, 3)).add(1e-6).sqrt()]
+            x = F.avg_pool2d(x, 2) if min(x.shape[-2:]) >= 4 else x
+        return torch.cat(out, 1)
+
+
+def frechet(mean_a, cov_a, mean_b, cov_b) -> float:
+    """Frechet distance of two Gaussians, float64, by the symmetric root of cov_a (no complex square roots)."""
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+class FeatureDistance:
+    """``distance(samples) -> float`` against a set of pictures; ``std`` is the pictures' own, per entry."""
+
+    def __init__(self, data, features: Callable[[torch.Tensor], torch.Tensor] | None = None, *, seed: int = 0):
+        vectors, total, square, count = [], 0.0, 0.0, 0
+        self.features = features
+        for x, _ in Batches(data, progress=False):
+            if self.features is None:
+                if x.ndim != 4:
+                    raise ValueError(f"pictures of shape {tuple(x.shape[1:])}: give features= for data without C, H, W")
+                self.features = RandomFeatures(x.shape[1], seed)
+            vectors.append(self.features(x).double())
+            centred = x.double()
+            total, square, count = total + centred.sum(0), square + centred.square().sum(0), count + len(x)
+        self.std = float((square / count - (total / count).square()).clamp_min(0).mean().sqrt())
+        vectors = torch.cat(vectors)
+        if len(vectors) < 2 * KEPT:
+            raise ValueError(f"{len(vectors)} pictures are too few to calibrate quality by: give at least {2 * KEPT}")
+        self.mean, scale = vectors.mean(0), vectors.std(0).clamp_min(1e-6)
+        _, axes = torch.linalg.eigh(torch.cov(((vectors - self.mean) / scale).T))
+        self.axes = axes[:, -KEPT:] / scale[:, None]
+        projected = (vectors - self.mean) @ self.axes
+        self.target = (projected.mean(0), torch.cov(projected.T))
+
+    def __call__(self, samples: torch.Tensor) -> float:
+        vectors = torch.cat([self.features(part).double() for part in samples.float().split(256)])
+        projected = (vectors - self.mean) @ self.axes
+        return frechet(projected.mean(0), torch.cov(projected.T), *self.target)

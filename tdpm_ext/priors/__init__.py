@@ -1,0 +1,21 @@
+"""Implicit priors: one interface, a registry, one file per kind."""
+
+from tdpm_ext.priors.base import ImplicitPrior
+from tdpm_ext.priors.gaussian import GaussianPrior
+from tdpm_ext.priors.io import PriorFileError, load_prior, save_prior
+from tdpm_ext.priors.lowrank import LowRankPrior
+from tdpm_ext.priors.mixture import MixturePrior
+from tdpm_ext.priors.registry import get_prior, list_priors, register_prior
+
+__all__ = [
+    "GaussianPrior",
+    "ImplicitPrior",
+    "LowRankPrior",
+    "MixturePrior",
+    "PriorFileError",
+    "get_prior",
+    "list_priors",
+    "load_prior",
+    "register_prior",
+    "save_prior",
+]

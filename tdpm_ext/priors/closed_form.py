@@ -1,0 +1,240 @@
+"""The arithmetic shared by every closed-form prior: a Gaussian mixture resolved in the leading principal axes.
+
+The model of the data, in an orthonormal basis U of principal axes around the mean:
+    * the first q coordinates follow a mixture of K full-covariance Gaussians (q = 0: none);
+    * the remaining R - q coordinates are Gaussian with their pooled variances;
+    * everything outside the R axes is isotropic with variance `residual` (never dropped: the noise lives there too).
+`gaussian` is q = 0 with all axes, `lowrank` q = 0 with a few, `mixture` q > 0.
+
+A Gaussian coordinate of variance v moves along the probability-flow ODE from sigma_a to sigma_b by the factor
+sqrt((v + sigma_b^2) / (v + sigma_a^2)) (Wang & Vastola, arXiv 2412.09726). The mixture part has a closed-form
+denoiser but no closed-form flow: it is integrated in variables in which the moment-matched Gaussian stands still,
+so that only the mixture's departure from it costs steps, and no network call. Where one component is the only
+candidate (a labelled mixture with `class_cond`), its own factor is exact and is used.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tdpm_ext.priors.base import ImplicitPrior
+
+FLOW_STEP = 0.45  # step of the mixture flow in the variable of `flow_grid`
+LIMITS = {"mean": 1, "basis": 2, "variances": 1, "log_weights": 1, "means": 2, "rotations": 3, "spreads": 2}
+
+
+def flow_grid(sigma_from: float, sigma_to: float, scale: float) -> list[float]:
+    """Noise levels for the mixture flow: geometric below ``scale``, sparse above, where it is all but Gaussian."""
+
+    def progress(sigma: float) -> float:
+        return math.log(sigma) - math.log1p(sigma / scale)
+
+    a, b = progress(sigma_from), progress(sigma_to)
+    steps = max(2, math.ceil(abs(b - a) / FLOW_STEP))
+    levels = []
+    for i in range(steps + 1):
+        e = math.exp(a + (b - a) * i / steps)
+        levels.append(e / (1 - e / scale))
+    return [sigma_from, *levels[1:-1], sigma_to]
+
+
+class ClosedFormPrior(ImplicitPrior):
+    """A prior with a closed-form denoiser. Tensors are float32 on the CPU until used; see the module's docstring.
+
+    Args:
+        mean [d], basis [d, R] (orthonormal columns), variances [R] (total, along the basis), residual: float.
+        log_weights [K], means [K, q], rotations [K, q, q] (columns: eigenvectors), spreads [K, q] (eigenvalues),
+        classes int64 [K] (the class of each component, -1: none): empty for a plain Gaussian.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], shape, residual: float, **options):
+        super().__init__(shape, **options)
+        self.residual = float(residual)
+        self.tensors = _validated(tensors, math.prod(self.shape))
+        if not self.residual >= 0 or not math.isfinite(self.residual):
+            raise ValueError(f"residual variance {residual} must be finite and not negative")
+        self._moved: dict[torch.device, dict[str, torch.Tensor]] = {}
+
+    @property
+    def components(self) -> int:
+        return len(self.tensors["log_weights"])
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.tensors["classes"].max()) + 1 if self.components else 0
+
+    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors on ``device``, copied once."""
+        if device.type == "cpu":
+            return self.tensors
+        if device not in self._moved:
+            self._moved[device] = {k: v.to(device) for k, v in self.tensors.items()}
+        return self._moved[device]
+
+    # -- coordinates ---------------------------------------------------------------------------------------------
+
+    def _split(self, x: torch.Tensor):
+        """x -> float32 coordinates along the basis [B, R], and what lies outside it [B, d] (None: nothing does)."""
+        self.check(x)
+        t = self.on(x.device)
+        y = x.reshape(len(x), -1).float() - t["mean"]
+        c = y @ t["basis"]
+        outside = None if t["basis"].shape[0] == t["basis"].shape[1] else torch.addmm(y, c, t["basis"].T, alpha=-1)
+        return c, outside
+
+    def _join(self, c: torch.Tensor, outside: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        t = self.on(like.device)
+        y = torch.addmm(t["mean"], c, t["basis"].T)
+        if outside is not None:
+            y += outside
+        return y.reshape(like.shape).to(like.dtype)
+
+    # -- the prior's interface -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def denoise(self, x: torch.Tensor, sigma: float, class_cond: torch.Tensor | None = None, **_) -> torch.Tensor:
+        """x [B, *shape] at noise level sigma -> E[x_0 | x], of x's shape and dtype."""
+        sigma = _level(sigma)
+        t = self.on(x.device)
+        c, outside = self._split(x)
+        v = t["variances"]
+        out = c * (v / (v + sigma**2))
+        if self.components:
+            q = t["means"].shape[1]
+            out[:, :q] = self._mixture_denoise(t, c[:, :q], sigma, self._allowed(t, class_cond, len(x)))
+        if outside is not None:
+            outside = outside * (self.residual / (self.residual + sigma**2))
+        return self._join(out, outside, x)
+
+    @torch.no_grad()
+    def transport(
+        self, x: torch.Tensor, sigma_from: float, sigma_to: float, class_cond: torch.Tensor | None = None, **_
+    ) -> torch.Tensor:
+        """x [B, *shape] at sigma_from -> the same path's point at sigma_to. Exact for one component."""
+        a, b = _level(sigma_from), _level(sigma_to)
+        t = self.on(x.device)
+        c, outside = self._split(x)
+        v = t["variances"]
+        out = c * ((v + b * b) / (v + a * a)).sqrt()
+        if self.components:
+            q = t["means"].shape[1]
+            out[:, :q] = self._mixture_transport(t, c[:, :q], a, b, self._allowed(t, class_cond, len(x)))
+        if outside is not None:
+            outside = outside * math.sqrt((self.residual + b * b) / (self.residual + a * a))
+        return self._join(out, outside, x)
+
+    # -- the mixture ---------------------------------------------------------------------------------------------
+
+    def _allowed(self, t: dict, class_cond: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+        """bool [B, K]: components each row may use; None when all may (no condition, or no class in this prior)."""
+        if class_cond is None or bool((t["classes"] < 0).any()):
+            return None
+        label = torch.as_tensor(class_cond, device=t["classes"].device).reshape(-1).expand(batch)
+        known = torch.isin(label, t["classes"])
+        return (t["classes"][None] == label[:, None]) | ~known[:, None]
+
+    def _mixture_denoise(self, t, c, sigma, allowed) -> torch.Tensor:
+        """c [B, q] -> E[c_0 | c] [B, q] under the mixture."""
+        spread = t["spreads"]  # [K, q]
+        y = torch.bmm(c[None] - t["means"][:, None], t["rotations"])  # [K, B, q], along each component's own axes
+        scale = (spread + sigma**2).reciprocal()
+        quad = torch.bmm(y.square(), scale[:, :, None])[..., 0].T.double()
+        logits = t["log_weights"].double() - 0.5 * (quad - scale.double().log().sum(1))  # [B, K]
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        share = logits.softmax(1).float()  # [B, K]
+        shrunk = torch.bmm(y * (spread * scale)[:, None], t["rotations"].mT) + t["means"][:, None]
+        return torch.einsum("bk,kbq->bq", share, shrunk)
+
+    def _mixture_transport(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
+        if self.components == 1 or (allowed is not None and bool((allowed.sum(1) == 1).all())):
+            k = torch.zeros(len(c), dtype=torch.long, device=c.device) if allowed is None else allowed.int().argmax(1)
+            mean, turn, spread = t["means"][k], t["rotations"][k], t["spreads"][k]
+            y = torch.einsum("bq,bqr->br", c - mean, turn) * ((spread + b * b) / (spread + a * a)).sqrt()
+            return torch.einsum("br,bqr->bq", y, turn) + mean
+        return self._flow(t, c, a, b, allowed)
+
+    def _flow(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
+        """Heun's method on w = c / sqrt(v + sigma^2), which is constant under the moment-matched Gaussian.
+
+        dw/dlog(sigma) = -(D_mixture - D_gaussian) / sqrt(v + sigma^2).
+        """
+        v = t["variances"][: c.shape[1]]
+
+        def slope(w: torch.Tensor, sigma: float) -> torch.Tensor:
+            root = (v + sigma**2).sqrt()
+            point = w * root
+            return (point * (v / (v + sigma**2)) - self._mixture_denoise(t, point, sigma, allowed)) / root
+
+        levels = flow_grid(a, b, 2 * math.sqrt(float(v.max()) + 1e-12))
+        w = c / (v + a * a).sqrt()
+        for here, there in zip(levels, levels[1:], strict=False):
+            h = math.log(there / here)
+            first = slope(w, here)
+            w = w + (0.5 * h) * (first + slope(w + h * first, there))
+        return w * (v + b * b).sqrt()
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        config = {"shape": list(self.shape), "residual": self.residual}
+        return dict(self.tensors), {**config, "sigma_trunc": self.sigma_trunc, "sigma_max": self.sigma_max}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, torch.Tensor], config: dict) -> ClosedFormPrior:
+        missing = [k for k in ("shape", "sigma_trunc", "residual", "sigma_max") if k not in config]
+        if missing:
+            raise ValueError(f"the config lacks {', '.join(missing)}")
+        keys = {k: float(config[k]) for k in ("sigma_trunc", "sigma_max", "residual")}
+        return cls(tensors, tuple(config["shape"]), **keys)
+
+
+def gaussian_tensors(mean: torch.Tensor, basis: torch.Tensor, variances: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of a prior without mixture components."""
+    return {
+        "mean": mean.float(),
+        "basis": basis.float(),
+        "variances": variances.float().clamp_min(0),
+        "log_weights": torch.zeros(0),
+        "means": torch.zeros(0, 0),
+        "rotations": torch.zeros(0, 0, 0),
+        "spreads": torch.zeros(0, 0),
+        "classes": torch.zeros(0, dtype=torch.long),
+    }
+
+
+def _level(sigma: float | torch.Tensor) -> float:
+    """One noise level as a float; a [B] tensor of equal entries is accepted, as samplers pass it."""
+    if isinstance(sigma, torch.Tensor):
+        values = sigma.reshape(-1)
+        if values.numel() > 1 and bool((values != values[0]).any()):
+            raise ValueError("a closed-form prior takes one sigma for the whole batch; the values given differ")
+        sigma = float(values[0])
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma {sigma} must be positive and finite")
+    return float(sigma)
+
+
+def _validated(tensors: dict[str, torch.Tensor], d: int) -> dict[str, torch.Tensor]:
+    """Check names, shapes and values of untrusted tensors; return them as contiguous float32 / int64."""
+    names = {*LIMITS, "classes"}
+    if set(tensors) != names:
+        raise ValueError(f"tensors are {sorted(tensors)}; a closed-form prior has {sorted(names)}")
+    for name, dims in LIMITS.items():
+        if tensors[name].ndim != dims or not tensors[name].is_floating_point():
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, {tensors[name].dtype}: want {dims}-d floats")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+    t = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    r, k, q = t["basis"].shape[1], t["log_weights"].shape[0], t["means"].shape[1]
+    want = {"mean": (d,), "basis": (d, r), "variances": (r,), "means": (k, q), "rotations": (k, q, q), "spreads": (k, q)}
+    for name, shape in want.items():
+        if tuple(t[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(t[name].shape)}; {shape} fits the other tensors and the picture")
+    if t["classes"].shape != (k,) or t["classes"].dtype != torch.long or q > r or (k > 0) != (q > 0):
+        raise ValueError("classes, components and rank do not fit together")
+    if bool((t["variances"] < 0).any()) or bool((t["spreads"] < 0).any()):
+        raise ValueError("a variance is negative")
+    return {name: v if name == "classes" else v.float() for name, v in t.items()}
