@@ -53,7 +53,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		|| { echo "$$($(PYTHON) --version 2>&1) $(TOO_OLD)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
 	@rm -f $@
-	$(PYTHON) -m venv $(VENV)
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@# from Python 3.13 on, k-diffusion's stated requirements cannot be met (setup.py says why); what it imports is there
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' \

@@ -8,7 +8,7 @@ What each figure is (all in milliseconds; the device is named above the table, C
                  process in rotating order, after warm-up rounds that are thrown away
   per picture    p50 divided by the batch
   model, prior   inside the denoiser, inside the prior: medians of separate, instrumented runs
-  outside        what is left of those runs per denoiser call: the sampler itself
+  outside        what is left of those runs, per denoiser call: the sampler itself
   peak           MiB: on CUDA allocated, on a CPU resident in the whole process (weights and libraries included)
   first          one picture, the first call in a fresh process, after loading; loading is given apart
   rmse           to the checkpoint's own 60-evaluation pictures from the same seeds (dpmpp_2m, Karras, rho 7)
@@ -73,7 +73,7 @@ def time_arms(arms: list[Arm], setup: Setup, batch: int, rounds: int, warmup: in
     for arm in arms:
         row = {"arm": arm.name, "batch": batch, "budget": arm.budget} | timing.summary(times[arm.name])
         row["p50_ms_per_picture"] = row["p50_ms"] / batch
-        row |= break_down(arm, setup, z, max(3, rounds // 3))
+        row |= break_down(arm, setup, z, 3)
         row |= {"peak_mib": timing.peak_memory(calls[arm.name], setup.device), "rmse_to_reference": rmses[arm.name]}
         rows.append(row)
     return rows
@@ -134,8 +134,6 @@ def first_pictures(arms: list[Arm], prior_path: Path, args: argparse.Namespace) 
 def load_setup(args: argparse.Namespace) -> Setup:
     """Open the checkpoint and the prior; without ``--prior``, fit a Gaussian one and calibrate it."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device here: use --device cpu")
     opened = open_checkpoint(args.checkpoint, args.device, None if dtype is torch.float32 else dtype)
     common = {"device": device, "classes": opened.num_classes, "cond_scale": args.cond_scale}
     common |= {"sigma_max": args.sigma_max, "sigma_min": args.sigma_min, "objective": args.objective}
@@ -163,12 +161,14 @@ def print_report(report: dict) -> None:
     if report["checks"]:
         print(f"checks: {len(report['checks']) - len(failed)} of {len(report['checks'])} passed")
     if report["arms"]:
-        print("ms:            batch  nfe  rmse       min      p50      p90  per picture   model   prior outside/step  peak")
+        print(
+            "ms             batch  nfe  rmse       min      p50      p90  per picture   model   prior   outside  peak"
+        )
     for r in report["arms"]:
         times = f"{r['min_ms']:8.1f} {r['p50_ms']:8.1f} {r['p90_ms']:8.1f} {r['p50_ms_per_picture']:12.2f}"
-        inside = f"{r['model_ms']:8.1f} {r['prior_ms']:7.2f} {r['outside_ms_per_step']:12.3f}"
+        inside = f"{r['model_ms']:8.1f} {r['prior_ms']:7.2f} {r['outside_ms_per_step']:9.3f}"
         peak = "-" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
-        print(f"{r['arm']:14} {r['batch']:5} {r['nfe']:4}  {r['rmse_to_reference']:.3f} {times} {inside} {peak:>6}")
+        print(f"{r['arm']:14} {r['batch']:5} {r['nfe']:4}  {r['rmse_to_reference']:.3f} {times} {inside} {peak:>5}")
     for r in report["first_picture"]:
         times = f"{r['first_ms']:.0f} ms, after {r['load_ms']:.0f} ms of loading"
         print(f"first picture in a fresh process, {r['arm']}: {times}")
@@ -220,6 +220,9 @@ def new_report(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def measure(args: argparse.Namespace) -> dict:
+    """The whole report: gate, timing, first pictures; or the overhead of the samplers alone."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device here: use --device cpu")
     report = new_report(args, torch.device(args.device))
     rounds = args.rounds or (300 if args.overhead else 3 if args.quick else 15)
     if args.overhead:

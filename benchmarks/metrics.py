@@ -169,9 +169,7 @@ def manifold(real, fake, k: int = 5) -> Manifold:
         inside += in_real_ball.sum(0)
         covered[part] = in_real_ball.any(1)
         recalled[part] = (square <= radii_fake).any(1)
-    return Manifold(
-        float((inside > 0).mean()), float(recalled.mean()), float(inside.mean() / k), float(covered.mean())
-    )
+    return Manifold(float((inside > 0).mean()), float(recalled.mean()), float(inside.mean() / k), float(covered.mean()))
 
 
 def paired_rmse(a, b) -> float:

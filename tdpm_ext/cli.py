@@ -81,7 +81,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number that Python puts first
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split())
     return text if isinstance(error, USER_ERRORS) and text else f"{type(error).__name__}: {text}"
 
 

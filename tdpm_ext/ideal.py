@@ -16,8 +16,8 @@ class IdealDenoiser(nn.Module):
 
     Args:
         images: [N, ...] float, in the units the sampler works in.
-        labels: int64 [N] or None. With labels, ``class_cond`` [B] restricts each row to its class; the value
-            ``num_classes`` means unconditional.
+        labels: int64 [N] or None. With labels, ``class_cond`` [B] restricts each row to its class; a value
+            that no picture has, such as ``num_classes``, means unconditional.
         chunk: how many data points one block of the softmax holds (bounds memory to B * chunk floats).
     """
 
@@ -37,6 +37,7 @@ class IdealDenoiser(nn.Module):
         self.register_buffer("data", flat - mean)
         self.register_buffer("half_norms", 0.5 * (flat - mean).double().square().sum(1).float())
         self.register_buffer("labels", labels)
+        self.register_buffer("classes", None if labels is None else labels.unique())
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_cond: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, ...], sigma scalar or [B] -> denoised, of x's shape and dtype."""
@@ -46,6 +47,7 @@ class IdealDenoiser(nn.Module):
             raise ValueError("class_cond was given, but the data set has no labels")
         y = x.reshape(len(x), -1).float() - self.mean
         scale = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1).square().reciprocal()
+        bound = None if class_cond is None else torch.isin(class_cond, self.classes)[:, None]
         top = y.new_full([len(y), 1], -torch.inf)
         total, weight = torch.zeros_like(y), y.new_zeros([len(y), 1])
         for k in range(0, len(self.data), self.chunk):
@@ -53,7 +55,7 @@ class IdealDenoiser(nn.Module):
             logits = torch.addmm(-self.half_norms[k : k + self.chunk], y, block.T).mul_(scale)
             if class_cond is not None:
                 other = self.labels[k : k + self.chunk][None] != class_cond[:, None]
-                logits.masked_fill_(other & (class_cond < self.num_classes)[:, None], -torch.inf)
+                logits.masked_fill_(other & bound, -torch.inf)
             best = torch.maximum(top, logits.amax(1, keepdim=True))
             if class_cond is not None:  # a block without any picture of the class leaves -inf: subtract 0 there
                 best = best.nan_to_num(neginf=torch.finfo(y.dtype).min)

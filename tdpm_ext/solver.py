@@ -19,31 +19,47 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm.auto import trange
 
+CLOSEST = 1e-4  # older estimates nearer than this share of the step, in lambda, count as the same one
+
 
 def step_weights(sigmas: Sequence[float], order: int) -> list[float]:
     """Weights of the denoised estimates for one step.
 
     Args:
         sigmas: (sigma_b, sigma_a, older...): where the step ends, where it starts, where older estimates are.
-        order: 1 to 3; as many estimates are used as ``sigmas`` holds.
+        order: 1 to 3: at most so many estimates are used, fewer where ``sigmas`` holds fewer, repeats or turns.
 
     Returns:
         One weight per estimate, newest first; they sum to 1 - sigma_b / sigma_a.
     """
     end, start, *older = sigmas
-    order = min(order, 1 + len(older))
-    # A step to zero has an infinite length in lambda: only the newest estimate counts. The same holds for a
-    # step that rises (unsampling), where extrapolating from the wrong side would gain nothing.
-    if end <= 0 or end >= start or any(s <= start for s in older[: order - 1]):
-        order = 1
+    # A step to zero has an infinite length in lambda: only the newest estimate counts.
+    if end <= 0 or end == start:
+        return [1.0 - end / start]
+    h = math.log(start / end)  # negative where the step rises (unsampling)
+    distances = _distances(h, [math.log(s / start) for s in older[: order - 1]])
     weight = 1.0 - end / start
-    if order == 1:
+    if not distances:
         return [weight]
-    h = math.log(start / end)
-    if order == 2:
-        half = 0.5 * weight * h / math.log(older[0] / start)
+    if len(distances) == 1:
+        half = 0.5 * weight * h / distances[0]
         return [weight + half, -half]
-    return _third_order(h, math.log(older[0] / start), math.log(older[1] / start))
+    return _third_order(h, *distances)
+
+
+def _distances(h: float, distances: list[float]) -> list[float]:
+    """How far back in lambda the usable older estimates lie, in the direction of the step.
+
+    An estimate is of use behind the step, at a distance from the one before it: after a turn, or where a level
+    repeats, extrapolation would amplify rounding, so the order falls instead.
+    """
+    usable, last = [], 0.0
+    for u in distances:
+        if (u - last) / h < CLOSEST:
+            break
+        usable.append(u)
+        last = u
+    return usable
 
 
 def _third_order(h: float, u1: float, u2: float) -> list[float]:
@@ -53,7 +69,7 @@ def _third_order(h: float, u1: float, u2: float) -> list[float]:
     """
     m0 = -math.expm1(-h)
     # The recursions cancel for small h; the series is exact there to double precision.
-    if h < 0.05:
+    if abs(h) < 0.05:
         m1 = sum((-1) ** k * h ** (k + 2) / math.factorial(k + 2) for k in range(9))
         m2 = sum(2 * (-1) ** k * h ** (k + 3) / math.factorial(k + 3) for k in range(9))
     else:
@@ -98,8 +114,13 @@ def solve(
 
     Returns:
         x at ``sigmas[-1]``; unchanged when there is no step to make.
+
+    Raises:
+        ValueError: a sigma that is NaN, infinite or negative, or 0 before the end; orders that do not fit.
     """
     values = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
+    if not all(0 < s < math.inf for s in values[:-1]) or not all(0 <= s < math.inf for s in values[-1:]):
+        raise ValueError(f"sigmas {values[:12]}: give finite numbers above 0; only the last may be 0")
     steps = max(0, len(values) - 1)
     orders = expand_orders(orders, steps)
     extra_args = extra_args or {}

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-import time
+import traceback
 
 import numpy as np
 import pytest
@@ -400,20 +400,41 @@ def test_mistakes_in_calibrate_and_inspect_are_one_line(room, prior, tmp_path, c
 # interruption and output that nobody reads
 
 
-def test_ctrl_c_ends_with_130_and_whole_files(room, tmp_path, capsys):
-    def interrupt_after_the_first_picture():
-        while not list(tmp_path.glob("seed_*.png")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+def interrupted(capsys, reached, *argv):
+    """Run a command and send this process SIGINT, as Ctrl-C does, once ``reached(main thread's stack)`` holds."""
+    over, main = threading.Event(), threading.get_ident()
 
-    threading.Thread(target=interrupt_after_the_first_picture, daemon=True).start()
+    def watch():
+        while not over.wait(0.005):
+            if reached(traceback.extract_stack(sys._current_frames()[main])):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        error = one_line_error(capsys, *argv, code=130)
+    finally:
+        over.set()
+    assert error.startswith(f"tdpm {argv[0]}: interrupted")
+
+
+def test_ctrl_c_while_sampling_leaves_whole_pictures(room, tmp_path, capsys):
     argv = ["--sampler", "euler", "--steps", 20, "--seeds", "0-99999", "--batch", 2, "--out", tmp_path]
-    assert one_line_error(capsys, "sample", room / "model.safetensors", *argv, code=130).startswith(
-        "tdpm sample: interrupted"
-    )
+    interrupted(capsys, lambda _: any(tmp_path.glob("seed_*.png")), "sample", room / "model.safetensors", *argv)
     assert not (tmp_path / "grid.png").exists() and not list(tmp_path.glob(".*tmp"))
     for file in tmp_path.glob("*.png"):
         Image.open(file).load()
+
+
+def test_ctrl_c_while_fitting_or_calibrating_changes_no_file(room, prior, tmp_path, capsys):
+    model, path = room / "model.safetensors", tmp_path / "p.safetensors"
+    path.write_bytes(prior.read_bytes())
+    for module, argv in (
+        ("fit.py", ["fit", model, "--no-data", "-o", path]),
+        ("calibrate.py", ["calibrate", path, "--checkpoint", model, "--budgets", "2-30", "--samples", 256]),
+    ):
+        interrupted(capsys, lambda stack, m=module: any(f.filename.endswith(f"tdpm_ext/{m}") for f in stack), *argv)
+        assert path.read_bytes() == prior.read_bytes() and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_reader_that_leaves_early_is_no_error(prior, monkeypatch, capsys):

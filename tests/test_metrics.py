@@ -15,6 +15,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import metrics  # noqa: E402
 from benchmarks.features import FeatureNet, accuracy, extract, load_features, save_features  # noqa: E402
+from benchmarks.recipes import train_features  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
 
 ASSETS = ROOT / "assets" / "fashion-mnist"
@@ -248,6 +249,26 @@ def test_saved_network_comes_back_and_other_files_are_refused(tmp_path):
             load_features(tmp_path / "bad.safetensors")
     with pytest.raises(FileNotFoundError, match="train_features.py"):
         load_features(tmp_path / "absent.safetensors")
+
+
+def test_the_training_recipe_learns_and_gives_the_same_file_twice(tmp_path, capsys):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(48):  # two classes: bright above, bright below
+        picture = rng.integers(0, 90, (8, 8)).astype(np.uint8)
+        picture[: 4 if i % 2 else 8, :][-4:] += 120
+        (tmp_path / "set" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "set" / str(i % 2) / f"{i}.png")
+    options = ["--data", str(tmp_path / "set"), "--test", str(tmp_path / "set"), "--batch", "16", "--epochs", "4"]
+    for name in ("a", "b"):
+        assert train_features.main([*options, "--shift", "1", "--out", str(tmp_path / f"{name}.safetensors")]) == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    notes = load_features(tmp_path / "a.safetensors").notes
+    assert notes["test_accuracy"] > 0.9 and notes["pictures"] == 48 and notes["shift"] == 1
+    capsys.readouterr()
+    assert train_features.main([*options, "--batch", "99", "--out", str(tmp_path / "c.safetensors")]) == 2
+    assert "smaller --batch" in capsys.readouterr().err and not (tmp_path / "c.safetensors").exists()
 
 
 def test_extract_refuses_bytes_and_values_that_are_not_finite(net):

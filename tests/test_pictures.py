@@ -1,8 +1,11 @@
 """Reading pictures: every source gives the same thing, and whatever is damaged is an error that names the file."""
 
 import gzip
+import hashlib
 import io
+import re
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,9 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdpm_ext.pictures import load_pictures, to_uint8, to_unit
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+from benchmarks.recipes import build_assets  # noqa: E402
+from tdpm_ext.pictures import load_pictures, to_uint8, to_unit  # noqa: E402
+
+ASSETS = ROOT / "assets"
 
 
 def png(array, mode=None) -> bytes:
@@ -210,3 +217,37 @@ def test_shipped_halves_are_balanced_and_share_no_picture(name, count):
         assert half.labels.bincount().tolist() == [count // 10] * 10
     contents = [{picture.numpy().tobytes() for picture in half.images} for half in (fit, judge)]
     assert len(contents[0]) == len(contents[1]) == count and not contents[0] & contents[1]
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "digits"])
+def test_the_card_of_a_shipped_set_holds_the_hashes_of_its_files(name):
+    card = (ASSETS / name / "README.md").read_text()
+    listed = dict(re.findall(r"^\| `(\S+)` \| `([0-9a-f]{64})` \|", card, re.MULTILINE))
+    assert {"fit.zip", "eval.zip", "features.safetensors"} <= set(listed)
+    for file, digest in listed.items():
+        assert hashlib.sha256((ASSETS / name / file).read_bytes()).hexdigest() == digest, file
+    assert sum(p.stat().st_size for p in (ASSETS / name).glob("*.zip")) <= build_assets.LIMIT
+    assert (ASSETS / name / "LICENSE").read_text() == build_assets.LICENCES[name]
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_the_split_divides_every_class_evenly_and_loses_nothing(counts, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    first, second = build_assets.split(labels, seed)
+    assert sorted([*first, *second]) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        assert [(labels[half] == label).sum() for half in (first, second)] == [(count + 1) // 2, count // 2]
+
+
+def test_a_set_is_built_from_idx_files_twice_with_the_same_bytes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 4, 4))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", [0, 1, 2] * 4)
+    for out in ("a", "b"):
+        assert build_assets.main(["fashion-mnist", "--source", str(tmp_path), "--out", str(tmp_path / out)]) == 0
+    files = [sorted((tmp_path / out / "fashion-mnist").iterdir()) for out in ("a", "b")]
+    assert [f.name for f in files[0]] == ["LICENSE", "eval.zip", "fit.zip"]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    fit = load_pictures(files[0][2])
+    assert len(fit) == 6 and fit.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert build_assets.main(["digits", "--source", str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2

@@ -103,7 +103,7 @@ def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         index = rng.permutation(np.flatnonzero(labels == label))
         for half, part in zip(halves, np.split(index, [(len(index) + 1) // 2])[:2], strict=True):
             half.extend(part.tolist())
-    return np.sort(np.array(halves[0])), np.sort(np.array(halves[1]))
+    return np.sort(np.array(halves[0], np.int64)), np.sort(np.array(halves[1], np.int64))
 
 
 def png(picture: np.ndarray) -> bytes:

@@ -149,12 +149,22 @@ class ClosedFormPrior(ImplicitPrior):
         return torch.einsum("bk,kbq->bq", share, shrunk)
 
     def _mixture_transport(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
-        if self.components == 1 or (allowed is not None and bool((allowed.sum(1) == 1).all())):
-            k = torch.zeros(len(c), dtype=torch.long, device=c.device) if allowed is None else allowed.int().argmax(1)
+        """Rows with one candidate component move exactly, the others by `_flow`: each row alone decides which."""
+        if allowed is None:
+            alone = torch.full([len(c)], self.components == 1, device=c.device)
+            k = torch.zeros(len(c), dtype=torch.long, device=c.device)
+        else:
+            alone, k = allowed.sum(1) == 1, allowed.int().argmax(1)
+        exact, rest = alone.nonzero()[:, 0], (~alone).nonzero()[:, 0]
+        out = torch.empty_like(c)
+        if len(exact):
+            k = k[exact]
             mean, turn, spread = t["means"][k], t["rotations"][k], t["spreads"][k]
-            y = torch.einsum("bq,bqr->br", c - mean, turn) * ((spread + b * b) / (spread + a * a)).sqrt()
-            return torch.einsum("br,bqr->bq", y, turn) + mean
-        return self._flow(t, c, a, b, allowed)
+            y = torch.einsum("bq,bqr->br", c[exact] - mean, turn) * ((spread + b * b) / (spread + a * a)).sqrt()
+            out[exact] = torch.einsum("br,bqr->bq", y, turn) + mean
+        if len(rest):
+            out[rest] = self._flow(t, c[rest], a, b, None if allowed is None else allowed[rest])
+        return out
 
     def _flow(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
         """Heun's method on w = c / sqrt(v + sigma^2), which is constant under the moment-matched Gaussian.
