@@ -236,13 +236,13 @@ def measure(args: argparse.Namespace) -> dict:
     report["agreed"] = all(check["ok"] for check in report["checks"])
     if not report["agreed"]:
         return report
-    for batch in args.batch:
-        report["arms"] += time_arms(arms, setup, batch, rounds, 1 if args.quick else 3, rmses, args.seed)
-    report["speedups"] = speedups(report["arms"])
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:
             saved = args.prior or save_prior(setup.prior, Path(folder) / "prior.safetensors")
             report["first_picture"] = first_pictures(arms, saved, args)
+    for batch in args.batch:
+        report["arms"] += time_arms(arms, setup, batch, rounds, 1 if args.quick else 3, rmses, args.seed)
+    report["speedups"] = speedups(report["arms"])
     return report
 
 
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         report = measure(args)
         if args.json:
             timing.write_report(report, args.json)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         print(f"latency: {error}", file=sys.stderr)
         return 2
     print_report(report)

@@ -56,7 +56,7 @@ def _guarded(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if args.debug or not isinstance(error, USER_ERRORS) and not _out_of_memory(error):
+        if args.debug or not (isinstance(error, USER_ERRORS) or _out_of_memory(error)):
             traceback.print_exc()
         hint = ": use a smaller --batch" if _out_of_memory(error) and "batch" in args else ""
         print(f"tdpm {args.command}: {_one_line(error)}{hint}", file=sys.stderr)

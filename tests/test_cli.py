@@ -316,7 +316,7 @@ def test_fit_from_pictures_alone_goes_with_any_checkpoint(room, tmp_path, capsys
     path = tmp_path / "free.safetensors"
     assert run("fit", "--data", room / "fit", "--kind", "gaussian", "-o", path) == 0
     other = make_checkpoint(tmp_path / "other.safetensors", seed=5)
-    argv = ["--prior", path, "--steps", 2, "--seeds", 0, "--out", tmp_path / "out"]
+    argv = ["--prior", path, "--steps", 2, "--seeds", 0, "--class", 1, "--out", tmp_path / "out"]
     for model in (room / "model.safetensors", other):
         assert run("sample", model, *argv) == 0
 

@@ -144,19 +144,6 @@ def test_seeded_history_gives_full_order_from_the_first_step(order, x):
     assert abs(slope(errors, [1 / h for h in steps]) - (order + 1)) < 0.2
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_history_makes_few_steps_better(order, x):
-    model = Gaussian()
-    sigmas = exponential(5, 3.0, 0.4)[:-1]
-    exact = model.exact(x, 3.0, 0.4)
-    history = model.known(x, 3.0, [4.8, 7.7])
-    without, seeded = (
-        float((solve(model, x, sigmas, disable=True, orders=order, history=past) - exact).square().mean())
-        for past in ((), history)
-    )
-    assert seeded < 0.75 * without
-
-
 # -- the weights' law ------------------------------------------------------------------------------------------------
 
 
