@@ -33,7 +33,7 @@ def fit(args: argparse.Namespace) -> None:
     options |= {"sigma_max": start_sigma(args, checkpoint), "cond_scale": args.cond_scale, "seed": args.seed}
     options["checkpoint"] = None if checkpoint is None else checkpoint.fingerprint
     if args.data is None:
-        source = {"denoiser": called_from_cpu(checkpoint), "shape": checkpoint.shape}
+        source = {"denoiser": checkpoint.model, "shape": checkpoint.shape}
         options["num_classes"] = 0 if args.unlabelled else checkpoint.num_classes
     else:
         source = {"data": read_pictures(args, None if checkpoint is None else checkpoint.shape)}
@@ -66,7 +66,7 @@ def calibrate(args: argparse.Namespace) -> None:
         options["data"] = read_pictures(args, checkpoint.shape)
     if args.cond_scale != 1.0:
         options["extra_args"] = {"cond_scale": args.cond_scale}
-    prior = run(prior, called_from_cpu(checkpoint), tuple(args.budgets), objective=args.objective, **options)
+    prior = run(prior, checkpoint.model, tuple(args.budgets), objective=args.objective, **options)
     save_prior(prior, output)
     print("\n".join(plan_lines(args.objective, prior.plans[args.objective])))
     print(f"calibrated for {args.objective}: {output}")
@@ -141,7 +141,6 @@ def plan_lines(objective: str, rows: dict) -> list[str]:
     for budget, plan in sorted(rows.items()):
         error = f"{plan.error:.4g}" if math.isfinite(plan.error) else "-"
         history = " ".join(f"{s:.3g}" for s in plan.history) or "-"
-        history += " (residual)" if plan.residual else ""
         orders = "".join(map(str, plan.orders))
         levels = " ".join(f"{s:.3g}" for s in plan.sigmas)
         lines.append(f"  {budget:>3}  {error:>8}  {orders:<10}{history:<14}{levels}")
@@ -164,15 +163,6 @@ def pick_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); tdpm doctor says what can") from error
     return device
-
-
-def called_from_cpu(checkpoint: Checkpoint) -> Callable[..., torch.Tensor]:
-    """The checkpoint's model for code that works on the CPU: pictures go to the model's device and back."""
-    model = checkpoint.model
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        return model
-    return lambda x, sigma, **extra: model(x.to(device), sigma.to(device), **extra).to(x.device)
 
 
 def start_sigma(args: argparse.Namespace, checkpoint: Checkpoint | None) -> float:

@@ -70,6 +70,6 @@ class FeatureDistance:
         self.target = (projected.mean(0), torch.cov(projected.T))
 
     def __call__(self, samples: torch.Tensor) -> float:
-        vectors = torch.cat([self.features(part).double() for part in samples.float().split(256)])
+        vectors = torch.cat([self.features(part).double() for part in samples.float().cpu().split(256)])
         projected = (vectors - self.mean) @ self.axes
         return frechet(projected.mean(0), torch.cov(projected.T), *self.target)

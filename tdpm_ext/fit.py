@@ -12,7 +12,7 @@ from tdpm_ext.priors.base import ImplicitPrior
 from tdpm_ext.priors.moments import Batches
 from tdpm_ext.priors.registry import get_prior
 from tdpm_ext.schedule import karras
-from tdpm_ext.solver import solve
+from tdpm_ext.solver import device_of, solve
 
 DRAWS = 1024
 DRAW_STEPS = 7
@@ -41,19 +41,19 @@ def draw_from_denoiser(
     Returns:
         (denoised [count, *shape], labels int64 [count] or None, the sigma they were read at).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), device_of(denoiser)
     labels = torch.arange(count) % num_classes if num_classes else None
     stop = STOP * _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator)
     sigmas = karras(steps, sigma_max, stop, 5.0)[:-1]
     out = []
     for k in tqdm(range(0, count, batch), desc="drawing from the checkpoint", disable=not progress):
         rows = min(batch, count - k)
-        x = torch.randn(rows, *shape, generator=generator) * sigma_max
+        x = (torch.randn(rows, *shape, generator=generator) * sigma_max).to(device)
         extra = dict(extra_args or {})
         if labels is not None:
-            extra["class_cond"] = labels[k : k + rows]
+            extra["class_cond"] = labels[k : k + rows].to(device)
         x = solve(denoiser, x, sigmas, extra, disable=True)
-        out.append(denoiser(x, x.new_full([rows], float(sigmas[-1])), **extra))
+        out.append(denoiser(x, x.new_full([rows], float(sigmas[-1])), **extra).cpu())
     data = torch.cat(out)
     if not bool(data.isfinite().all()):
         raise ValueError("the denoiser gave NaN or infinity: check the checkpoint, its units and sigma_max")
@@ -62,10 +62,10 @@ def draw_from_denoiser(
 
 def _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator) -> float:
     """The data's std per entry, from eight very short runs."""
+    x = (torch.randn(8, *shape, generator=generator) * sigma_max).to(device_of(denoiser))
     extra = dict(extra_args or {})
     if labels is not None:
-        extra["class_cond"] = labels[:8] if len(labels) >= 8 else labels.repeat(8)[:8]
-    x = torch.randn(8, *shape, generator=generator) * sigma_max
+        extra["class_cond"] = (labels[:8] if len(labels) >= 8 else labels.repeat(8)[:8]).to(x.device)
     x = solve(denoiser, x, karras(5, sigma_max, sigma_max / 200, 5.0), extra, disable=True)
     std = float((x - x.mean(0)).std())
     if not 0 < std < float("inf"):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 MAX_STEPS = 1000
 MAX_HISTORY = 2
-FIELDS = ("sigmas", "orders", "history", "residual", "error")
+FIELDS = ("sigmas", "orders", "history", "error")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Plan:
         orders: [n] order of the multistep update at each step, 1 to 3.
         history: 0 to 2 sigmas above ``sigma_trunc``, nearest first, at which the prior's own denoised estimate
             seeds the multistep history.
-        residual: kept for the file format; the solver integrates the model alone, so only False is accepted.
         error: expected error under the plan's objective; NaN when it was not measured.
 
     Raises:
@@ -31,7 +30,6 @@ class Plan:
     sigmas: tuple[float, ...]
     orders: tuple[int, ...]
     history: tuple[float, ...] = ()
-    residual: bool = False
     error: float = math.nan
 
     def __post_init__(self):
@@ -39,8 +37,6 @@ class Plan:
         object.__setattr__(self, "history", _numbers("history", self.history))
         object.__setattr__(self, "orders", _orders(self.orders))
         object.__setattr__(self, "error", _number("error", self.error))
-        if self.residual is not False:
-            raise ValueError(f"plan residual is {self.residual!r}: only false is supported")
         _check_sigmas(self.sigmas)
         if len(self.orders) != self.steps:
             raise ValueError(f"plan has {len(self.orders)} orders for {self.steps} steps: give one per step")
@@ -62,7 +58,6 @@ class Plan:
             "sigmas": list(self.sigmas),
             "orders": list(self.orders),
             "history": list(self.history),
-            "residual": self.residual,
             "error": self.error if math.isfinite(self.error) else None,
         }
 

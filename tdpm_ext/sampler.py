@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextvars
 import logging
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from tdpm_ext import inner_solver, route
 from tdpm_ext.decide import INITS, decide, seeded_noise, unit_noise
 from tdpm_ext.priors.base import ImplicitPrior
 from tdpm_ext.schedule import check_sigmas
-from tdpm_ext.solver import solve
+from tdpm_ext.solver import device_of, solve
 
 log = logging.getLogger("tdpm_ext")
 SCHEDULES = ("prior", "respace", "cut")
@@ -185,7 +184,7 @@ def sample(
     way = route.follow(plan)
     extra_args = {} if extra_args is None else extra_args
     log.info("tdpm: prior used, sigma_trunc=%.4g, %d calls", plan.sigma_trunc, way.calls + prior.prior_nfe)
-    device = _device_of(model) if device is None else device
+    device = device_of(model) if device is None else device
     done = []
     starts = range(0, len(seeds), batch)
     for first in tqdm(starts, disable=disable or len(starts) < 2, desc="tdpm", unit="batch"):
@@ -245,11 +244,6 @@ def _with_sample_sigmas(extra_args: dict, sigmas: torch.Tensor) -> dict:
         return extra_args
     transformer = {**transformer, "sample_sigmas": sigmas.to(told)}
     return {**extra_args, "model_options": {**options, "transformer_options": transformer}}
-
-
-def _device_of(model) -> torch.device:
-    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, torch.nn.Module) else ()
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _seeds(prior, shape, seed) -> list[int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from tqdm.auto import trange
@@ -86,6 +87,12 @@ def expand_orders(orders: int | Sequence[int], steps: int) -> list[int]:
     if len(orders) != steps or any(o not in (1, 2, 3) for o in orders):
         raise ValueError(f"orders {orders} given for {steps} steps: one of 1, 2, 3 for each step, or a single int")
     return orders
+
+
+def device_of(model) -> torch.device:
+    """Where a module's tensors are; the CPU for plain functions."""
+    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, torch.nn.Module) else ()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -56,8 +56,6 @@ def test_lists_and_ints_become_tuples_of_floats():
         ({"sigmas": (5.0, 0.0), "orders": (1,), "history": (4.0,)}, "above sigma_trunc"),
         ({"sigmas": (5.0, 0.0), "orders": (1,), "history": (9.0, 8.0)}, "rise strictly"),
         ({"sigmas": (5.0, 0.0), "orders": (1,), "history": (6.0, 7.0, 8.0)}, "at most 2"),
-        ({"sigmas": (5.0, 0.0), "orders": (1,), "residual": 1}, "only false"),
-        ({"sigmas": (5.0, 0.0), "orders": (1,), "residual": True}, "only false"),
         ({"sigmas": (5.0, 0.0), "orders": (1,), "error": "low"}, "give a number"),
     ],
 )
@@ -87,7 +85,7 @@ json_values = st.recursive(
 @given(
     st.fixed_dictionaries(
         {"sigmas": json_values, "orders": json_values},
-        optional={"history": json_values, "residual": json_values, "error": json_values},
+        optional={"history": json_values, "error": json_values},
     )
 )
 def test_hostile_json_gives_a_plan_or_a_value_error(value):

@@ -18,16 +18,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tdpm_ext.pictures import load_pictures, to_unit
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
 
 
 def ema_decay(step: int, power: float, max_value: float) -> float:
@@ -35,17 +38,18 @@ def ema_decay(step: int, power: float, max_value: float) -> float:
     return min(max_value, 1 - (1 + step) ** -power)
 
 
-def batch_for(step: int, batch: int, seed: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Generator]:
-    """Indices of batch `step` (a fresh permutation per epoch) and the generator for its noise."""
-    per_epoch = count // batch
-    epoch, k = divmod(step, per_epoch)
+def batch_for(step: int, batch: int, seed: int, count: int) -> torch.Tensor:
+    """Indices of batch `step` (a fresh permutation per epoch); seeds the global generator for its noise."""
+    epoch, k = divmod(step, count // batch)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[k * batch : (k + 1) * batch].to(device), torch.Generator().manual_seed(seed * 7_919 + step + 1)
+    torch.manual_seed(seed * 1_000_000_007 + step)
+    return order[k * batch : (k + 1) * batch]
 
 
 def save_atomically(tensors: dict, path: Path, metadata: dict) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
@@ -100,30 +104,27 @@ class Run:
         meta = {"config": json.dumps(self.config), "step": str(self.step), "seconds": f"{self.seconds:.0f}"}
         save_atomically(half, self.out / "denoiser.safetensors", meta)
 
-    def loss(self, x: torch.Tensor, labels: torch.Tensor | None, gen: torch.Generator) -> torch.Tensor:
+    def loss(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Mean EDM loss of one batch; labels are dropped with the config's probability (the zero vector)."""
         b, dataset = len(x), self.config["dataset"]
-        u = torch.rand(b, generator=gen).clamp(1e-6, 1 - 1e-6)
-        density = self.config["model"]["sigma_sample_density"]
-        sigma = (density["mean"] + density["std"] * torch.special.ndtri(u.double()).float()).exp().to(self.device)
-        noise = torch.randn(x.shape, generator=gen).to(self.device)
-        keep = torch.rand(b, generator=gen) >= dataset["cond_dropout_rate"]
+        sigma = self.density([b]).to(self.device)
+        noise = torch.randn(x.shape).to(self.device)
+        keep = (torch.rand(b) >= dataset["cond_dropout_rate"]).to(self.device)
         extra = {}
         if labels is not None and dataset["num_classes"]:
             if self.config["model"]["type"] == "image_v1":
-                onehot = F.one_hot(labels, dataset["num_classes"]).float()
-                extra["mapping_cond"] = onehot * keep[:, None].to(self.device)
+                extra["mapping_cond"] = F.one_hot(labels, dataset["num_classes"]).float() * keep[:, None]
             else:
-                extra["class_cond"] = torch.where(keep.to(self.device), labels, dataset["num_classes"])
+                extra["class_cond"] = torch.where(keep, labels, dataset["num_classes"])
         return self.denoiser.loss(x, noise, sigma, **extra).mean()
 
     def update(self, images: torch.Tensor, labels: torch.Tensor | None, batch: int) -> float:
-        index, gen = batch_for(self.step, batch, self.seed, len(images), images.device)
+        index = batch_for(self.step, batch, self.seed, len(images))
         x = to_unit(images[index]).to(self.device)
         for group in self.opt.param_groups:
             group["lr"] = self.lr * min(1.0, (self.step + 1) / max(1, self.warmup))
         self.opt.zero_grad(set_to_none=True)
-        loss = self.loss(x, None if labels is None else labels[index].to(self.device), gen)
+        loss = self.loss(x, None if labels is None else labels[index].to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         self.opt.step()
