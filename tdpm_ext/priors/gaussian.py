@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from tdpm_ext.priors.closed_form import ClosedFormPrior, gaussian_tensors
-from tdpm_ext.priors.moments import Batches, Moments, full_moments
+from tdpm_ext.priors.moments import MAX_FULL, Batches, Moments, full_moments
 from tdpm_ext.priors.registry import register_prior
 
-MAX_FULL = 4096
+__all__ = ["MAX_FULL", "GaussianPrior", "default_sigma_trunc", "from_moments", "unshrink"]
 
 
 def unshrink(variances: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -42,9 +40,5 @@ class GaussianPrior(ClosedFormPrior):
     @classmethod
     def fit(cls, batches: Batches, *, sigma_max: float = 80.0, denoised_at: float = 0.0, seed: int = 0):
         """Fit from batches; ``denoised_at`` says that they are denoised estimates at that sigma."""
-        first = next(iter(batches))[0] if batches.repeatable else None
-        if first is not None and math.prod(first.shape[1:]) > MAX_FULL:
-            d = math.prod(first.shape[1:])
-            raise ValueError(f"pictures of {d} entries: a full covariance is for up to {MAX_FULL}; fit kind 'lowrank'")
         moments = full_moments(batches)
         return from_moments(cls, moments, sigma_max, denoised_at), moments

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from tdpm_ext.pictures import Pictures, load_pictures, to_unit
 
 BATCH = 1024
+MAX_FULL = 4096  # entries of a picture up to which a full covariance is taken
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Batches:
             raise ValueError(f"data has shape {tuple(data.shape)}: give [N, C, H, W] with at least one picture")
         if labels is not None and isinstance(data, torch.Tensor) and len(labels) != len(data):
             raise ValueError(f"{len(labels)} labels for {len(data)} pictures")
+        if labels is not None and not isinstance(data, torch.Tensor):
+            raise ValueError("labels= goes with a tensor of pictures; let a loader yield (pictures, labels) instead")
         self.data, self.labels, self.progress = data, labels, progress
 
     @property
@@ -64,6 +67,11 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         shape, seen = None, 0
         for x, labels in tqdm(self._pairs(), desc="reading", disable=not self.progress, leave=False):
+            if not isinstance(x, torch.Tensor):
+                raise ValueError(f"the loader gave {type(x).__name__}: give a tensor [B, C, H, W], or (tensor, labels)")
+            if len(x) == 0:
+                continue
+            x = x.detach().cpu()
             x = to_unit(x) if x.dtype == torch.uint8 else x.float()
             shape = shape or tuple(x.shape[1:])
             if tuple(x.shape[1:]) != shape:
@@ -83,7 +91,7 @@ class Batches:
                 yield self.data[k : k + BATCH], None if self.labels is None else self.labels[k : k + BATCH]
             return
         for item in self.data:
-            pair = isinstance(item, (tuple, list))
+            pair = isinstance(item, (tuple, list)) and len(item) > 0
             yield item[0] if pair else item, item[1] if pair and len(item) > 1 else None
 
 
@@ -111,10 +119,13 @@ class _Sums:
 
 
 def full_moments(batches: Batches) -> Moments:
-    """All principal axes. Memory d^2 doubles: for d up to about 4,096."""
+    """All principal axes. Memory d^2 doubles; raises ``ValueError`` for d above ``MAX_FULL``."""
     sums, outer = _Sums(), None
     for x, _ in batches:
         flat = sums.centred(x)
+        if flat.shape[1] > MAX_FULL:
+            d = flat.shape[1]
+            raise ValueError(f"pictures of {d} entries: a full covariance is for up to {MAX_FULL}; fit kind 'lowrank'")
         outer = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64) if outer is None else outer
         outer.addmm_(flat.T, flat)
     covariance = outer.div_(sums.count).sub_(torch.outer(sums.offset, sums.offset))
