@@ -33,6 +33,7 @@ ASSETS = ROOT / "assets" / "fashion-mnist"
 RESULTS = ROOT / "benchmarks" / "results" / "quality-fashion-mnist-checkpoint.json"
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 BATCH = 50
+SEEDS = {"fidelity": 40, "quality": 256}  # used in calibration
 
 
 def tuned_rivals() -> dict[tuple[str, int], dict]:
@@ -46,7 +47,7 @@ def fit(checkpoint, pictures):
     start = time.time()
     prior = tdpm.fit_prior("mixture", pictures, checkpoint=checkpoint.fingerprint)
     seconds = {"fit": time.time() - start}
-    for objective, samples in (("fidelity", 40), ("quality", 256)):
+    for objective, samples in SEEDS.items():
         start = time.time()
         tdpm.calibrate(
             prior, checkpoint.model, (4,), objective=objective, data=pictures, samples=samples,
@@ -129,9 +130,7 @@ def show(table: list[dict], floor: float, count: int) -> str:
         f"{'sampler, evaluations':22s} {'nfe':>4s} {'ms':>7s} {'FD':>7s} {'rmse':>7s}",
     ]
     for r in table:
-        lines.append(
-            f"{r['arm']:22s} {r['nfe']:4d} {r['ms_per_picture']:7.1f} {r['fd']:7.2f} {r['rmse_to_50']:7.3f}"
-        )
+        lines.append(f"{r['arm']:22s} {r['nfe']:4d} {r['ms_per_picture']:7.1f} {r['fd']:7.2f} {r['rmse_to_50']:7.3f}")
     return "\n".join(lines)
 
 
@@ -152,7 +151,9 @@ def main(argv=None) -> None:
     real = to_unit(load_pictures(ASSETS / "eval.zip").images)
     table, floor = judge(rows, samples, times, real, to_unit(pictures.images))
     grid = [[to_uint8(x) for x in samples[label][:20]] for label, *_ in rows]
-    save_png(picture_grid(grid, [label for label, *_ in rows], [NAMES[i % 10] for i in range(20)]), args.out / "grid.png")
+    save_png(
+        picture_grid(grid, [label for label, *_ in rows], [NAMES[i % 10] for i in range(20)]), args.out / "grid.png"
+    )
     text = show(table, floor, args.pictures)
     (args.out / "table.txt").write_text(text + "\n")
     report = {"rows": table, "floor": floor, "pictures": args.pictures, "seconds": seconds, "device": "CPU"}

@@ -176,6 +176,8 @@ def print_report(report: dict) -> None:
     for s in report["speedups"]:
         kept = f"rmse {rmse[s['arm']]:.3f} against {rmse[s['against']]:.3f}"
         print(f"{s['arm']} takes 1/{s['ratio']:.2f} of the time of {s['against']} at batch {s['batch']} ({kept})")
+    if report["speedups"] and report["settings"]["objective"] == "quality":
+        print("these are quality plans: they are meant to differ from the reference; quality.py gives their distances")
     for r in report["overhead"]:
         times = f"p50 {r['p50_us_per_step']:7.1f}, min {r['min_us_per_step']:7.1f}"
         print(f"{r['arm']:22} {r['steps']:3} steps: us per step {times}; a further step {r['further_step_us']:.1f}")

@@ -183,7 +183,13 @@ def arms(bench: Bench, tuning: dict, prior, reference: torch.Tensor) -> list[dic
 def verdict(rows: list[dict], own: dict) -> dict:
     """The ratios that matter: FD excess and rmse, tdpm over the tuned rival."""
     at = {(r["arm"], r["budget"]): r for r in rows}
-    out: dict = {"excess_ratio": {}, "rmse_ratio": {}, "fd_over_own": {}, "coverage_over_own": {}, "recall_over_own": {}}
+    out: dict = {
+        "excess_ratio": {},
+        "rmse_ratio": {},
+        "fd_over_own": {},
+        "coverage_over_own": {},
+        "recall_over_own": {},
+    }
     for budget in sorted({r["budget"] for r in rows}):
         ours, rival = at["tdpm:quality", budget], at["rival:fd", budget]
         excess = max(0.0, ours["fd"] - own["fd"])
@@ -214,7 +220,8 @@ def run(bench: Bench) -> dict:
         "own-60", lambda: rivals.reference_run(bench.model, z, extra_args=extra, batch=bench.args.batch)
     )
     own = judged(bench, reference, reference)
-    fit_features = bench.extract(to_unit(bench.fit.images[:20000]))
+    some = torch.linspace(0, len(bench.fit) - 1, min(len(bench.fit), len(bench.judge))).long()
+    fit_features = bench.extract(to_unit(bench.fit.images[some]))
     reals, fits = metrics.standardise(bench.real, fit_features)
     floor = metrics.floor(reals, fits, min(count, len(fits)))
     print(f"{bench.name}: own 60-evaluation run FD {own['fd']:.3f}, floor {floor.value:.3f} (N={count})", flush=True)
@@ -265,11 +272,13 @@ def show(result: dict) -> str:
     v = result["verdict"]
     for budget in sorted({r["budget"] for r in result["rows"]}):
         key = budget if budget in v["excess_ratio"] else str(budget)
-        excess = v["excess_ratio"][key]
+        fds = at["rival:fd", budget]["fd"], at["tdpm:quality", budget]["fd"]
+        errors = at["rival:rmse", budget]["rmse"], at["tdpm:fidelity", budget]["rmse"]
+        excess = "n/a" if v["excess_ratio"][key] is None else f"{v['excess_ratio'][key]:.3f}"
+        kept = v["coverage_over_own"][key], v["recall_over_own"][key]
         lines.append(
-            f"{budget:5d} | {at['rival:fd', budget]['fd']:8.3f} {at['tdpm:quality', budget]['fd']:6.3f} | "
-            f"{'n/a' if excess is None else format(excess, '12.3f')} | {v['coverage_over_own'][key]:10.3f} {v['recall_over_own'][key]:11.3f} | "
-            f"{at['rival:rmse', budget]['rmse']:10.4f} {at['tdpm:fidelity', budget]['rmse']:.4f} {v['rmse_ratio'][key]:.3f}"
+            f"{budget:5d} | {fds[0]:8.3f} {fds[1]:6.3f} | {excess:>12s} | {kept[0]:10.3f} {kept[1]:11.3f} | "
+            f"{errors[0]:10.4f} {errors[1]:.4f} {v['rmse_ratio'][key]:.3f}"
         )
     if v["rmse_ratio_mean"] is not None:
         lines.append(f"mean rmse ratio over 3, 4, 5, 6, 8: {v['rmse_ratio_mean']:.3f}")
@@ -282,9 +291,12 @@ def parse(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", help="a folder of assets/ (fashion-mnist, digits), or any name with --data and --judge")
     p.add_argument("--ideal", action="store_true", help="use the ideal denoiser of the fit pictures, no network")
-    p.add_argument("--checkpoint", type=Path, help="k-diffusion .safetensors (default: assets/NAME/denoiser.safetensors)")
+    p.add_argument(
+        "--checkpoint", type=Path, help="k-diffusion .safetensors (default: assets/NAME/denoiser.safetensors)"
+    )
     p.add_argument("--data", type=Path, help="pictures to fit and calibrate on")
     p.add_argument("--judge", type=Path, help="pictures to judge by")
+    p.add_argument("--judge-count", type=int, default=5000, help="pictures to judge by, at most (default 5000)")
     p.add_argument("--features", help="feature network file, or 'efflite' (extra [bench])")
     p.add_argument("--kind", default="mixture", help="prior kind (default mixture)")
     p.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
@@ -301,7 +313,7 @@ def parse(argv=None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> Bench:
     assets = ROOT / "assets" / args.name
     fit = load_pictures(args.data or assets / "fit.zip")
-    judge = to_unit(load_pictures(args.judge or assets / "eval.zip").images)
+    judge = to_unit(load_pictures(args.judge or assets / "eval.zip", limit=args.judge_count).images)
     args.features = args.features or str(assets / "features.safetensors")
     if args.features == "efflite":
         net, args.features_name = judges.EffLiteMid(), "FD-EffLite0-mid112"

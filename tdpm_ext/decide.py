@@ -7,12 +7,14 @@ model they pass to a sampler. The picture belongs to the user: in doubt the prio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from tdpm_ext.schedule import CLOSE
 
 INITS = ("auto", "always", "never")
+SAME_SCALE = 1e-3  # hosts' two ways of scaling noise count as one when they differ by less
 _CHAIN = 6  # wrappers followed inwards through ``.inner_model``
 
 
@@ -103,7 +105,8 @@ def _cannot(x, levels, prior, sigma_trunc, budget, host: Host) -> str | None:
     """Reasons that no option overrides."""
     if prior is None:
         return "no prior was passed and none is active: pass prior= or use use_prior(prior)"
-    if (levels.diff() >= 0).any():
+    heights = levels.tolist()
+    if any(low >= high for high, low in pairwise(heights)):
         return "the sigmas do not fall strictly (unsampling?): the prior starts a falling schedule"
     if host.flow:
         return "the model is a rectified-flow model, whose x is not data + sigma * noise"
@@ -113,7 +116,7 @@ def _cannot(x, levels, prior, sigma_trunc, budget, host: Host) -> str | None:
         return f"x has shape {tuple(x.shape[1:])} and the prior was fitted for {tuple(prior.shape)}"
     if budget <= prior.prior_nfe:
         return f"the prior itself makes {prior.prior_nfe} network calls and the budget is {budget}"
-    first, last = levels[0].item(), levels[-1].item()
+    first, last = heights[0], heights[-1]
     if first < sigma_trunc * (1 - CLOSE):
         return f"the chain starts at sigma {first:.4g}, below sigma_trunc {sigma_trunc:.4g}"
     if last >= sigma_trunc * (1 - CLOSE):
@@ -161,8 +164,10 @@ def unit_noise(model, x, sigma, extra_args: dict, generator=None) -> torch.Tenso
     noise = x - under.to(x) if under is not None and under.shape == x.shape else x
     if host.noise is not None or not bool(noise.any()):
         return _drawn(x, extra_args.get("seed"), generator)
-    rms = noise.flatten(1).square().mean(1).sqrt()
     wide = (1 + sigma**2) ** 0.5
+    if wide < sigma * (1 + SAME_SCALE):
+        return noise / sigma
+    rms = noise.flatten(1).square().mean(1).sqrt()
     odd = (rms / sigma - 1).abs() > 4 / (2 * noise[0].numel()) ** 0.5
     scale = torch.where(odd & ((rms - wide).abs() < (rms - sigma).abs()), wide, sigma)
     return noise / scale.view(-1, *[1] * (x.ndim - 1))

@@ -125,9 +125,7 @@ def fit_prior(
         if cond_scale != 1.0:
             extra["cond_scale"] = cond_scale
         settings = {"sigma_max": sigma_max, "count": draws, "num_classes": num_classes, "seed": seed}
-        data, labels, stop = draw_from_denoiser(
-            denoiser, tuple(shape), **settings, extra_args=extra, progress=progress
-        )
+        data, labels, stop = draw_from_denoiser(denoiser, tuple(shape), **settings, extra_args=extra, progress=progress)
     batches = Batches(data, labels, progress)
     prior, moments = cls.fit(batches, sigma_max=sigma_max, denoised_at=stop, seed=seed, **options)
     if shape is not None and tuple(shape) != prior.shape:

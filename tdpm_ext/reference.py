@@ -34,7 +34,7 @@ def run_batched(model, x: torch.Tensor, sigmas, extra: dict, batch: int, callbac
 
 
 class Trajectories:
-    """Long runs from the seeds ``z``: levels [n], states and denoised [n, B, *shape], the final pictures [B, *shape]."""
+    """Long runs from the seeds ``z``: levels [n], states and denoised [n, B, *shape], final pictures [B, *shape]."""
 
     def __init__(self, model, z, sigma_max, sigma_min, extra, *, steps: int = STEPS, batch: int = 64, progress=True):
         sigmas = karras(steps, sigma_max, sigma_min, RHO)

@@ -43,7 +43,7 @@ def plan_for(prior, budget: int, objective: str, sigma_trunc: float | None, solv
         solver: a sampler that may need two evaluations per step, so that fewer steps fit.
         levels: the host's sigmas; None means that the chain ends at 0.
     """
-    ends_at_zero = levels is None or bool(levels[-1] == 0)
+    ends_at_zero = levels is None or levels[-1].item() == 0
     steps = inner_solver.steps_within(solver, budget - prior.prior_nfe, ends_at_zero)
     plan = prior.plan_for(max(1, steps), objective)
     if sigma_trunc is None or sigma_trunc == plan.sigma_trunc:
@@ -98,7 +98,7 @@ def _along(plan: Plan, sigmas: torch.Tensor, solver=None, note: str = "") -> Rou
 
 def _affordable(solver, calls: int, levels: torch.Tensor) -> tuple[int, Callable | None, str]:
     """How many steps fit, and with which solver: one step of ours where not even one of ``solver`` fits."""
-    steps = inner_solver.steps_within(solver, calls, bool(levels[-1] == 0))
+    steps = inner_solver.steps_within(solver, calls, levels[-1].item() == 0)
     if steps >= 1:
         return steps, solver, ""
     return calls, None, " (the solver needs more than one call: built-in solver used)"
@@ -113,7 +113,7 @@ def _checked(route: Route) -> Route:
 
 def _no_own_sigmas(levels: torch.Tensor, plan: Plan, solver, noise_sampler) -> str | None:
     """Why the prior's calibrated sigmas do not fit this host."""
-    if levels[-1] > 0:
+    if levels[-1].item() > 0:
         return f"it ends at sigma {levels[-1].item():.4g}"
     if noise_sampler is not None and inner_solver.takes_noise(solver) and plan.steps > 1:
         lowest = levels[levels > 0].min().item()

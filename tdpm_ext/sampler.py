@@ -103,7 +103,7 @@ def sample_tdpm(
     levels = check_sigmas(sigmas)
     _check_options(schedule, init, objective, steps, sigma_trunc)
     inner = None if solver is None else inner_solver.resolve(solver)
-    if bool((levels[:-1] == 0).any()):
+    if 0 in levels[:-1].tolist():
         raise ValueError("sigma 0 stands before the end of the schedule: only the last sigma may be 0")
     if len(levels) < 2:
         log.info("tdpm: nothing to do, the schedule has %d sigmas", len(levels))
@@ -114,9 +114,7 @@ def sample_tdpm(
     budget = len(levels) - 1 if steps is None else steps
     plan = None if prior is None else route.plan_for(prior, budget, objective, sigma_trunc, inner, levels)
     cut_at = None if plan is None else plan.sigma_trunc
-    verdict = decide(
-        model, x, levels, prior=prior, sigma_trunc=cut_at, budget=budget, init=init, extra_args=extra_args
-    )
+    verdict = decide(model, x, levels, prior=prior, sigma_trunc=cut_at, budget=budget, init=init, extra_args=extra_args)
     dtype, x = x.dtype, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     history = ()
     if verdict.use_prior:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -89,6 +90,16 @@ def expand_orders(orders: int | Sequence[int], steps: int) -> list[int]:
     return orders
 
 
+@lru_cache
+def _all_weights(values: tuple[float, ...], orders: tuple[int, ...], known: tuple[float, ...]) -> list[list[float]]:
+    """Weights of every step; a schedule is used again and again, so they are kept."""
+    rows = []
+    for i, order in enumerate(orders):
+        seen = [*values[i::-1], *known][:3]
+        rows.append(step_weights([values[i + 1], *seen], order))
+    return rows
+
+
 def device_of(model) -> torch.device:
     """Where a module's tensors are; the CPU for plain functions."""
     tensors = chain(model.parameters(), model.buffers()) if isinstance(model, torch.nn.Module) else ()
@@ -131,15 +142,11 @@ def solve(
     steps = max(0, len(values) - 1)
     orders = expand_orders(orders, steps)
     extra_args = extra_args or {}
-    known = [float(s) for s, _ in history][:2]
     past = [d for _, d in history][:2]
-    rows = []
-    for i in range(steps):
-        seen = [*values[i::-1], *known][:3]
-        rows.append(step_weights([values[i + 1], *seen], orders[i]))
+    rows = _all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2])
     levels = torch.tensor(values, dtype=torch.float32).to(x.device)
     ones = x.new_ones([x.shape[0]])
-    for i in trange(steps, disable=disable):
+    for i in range(steps) if disable else trange(steps, disable=disable):
         denoised = model(x, levels[i] * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})

@@ -45,9 +45,7 @@ def bare(x, sigma):
 
 
 def verdict(model=bare, sigmas=SIGMAS, x=NOISE, prior=PRIOR, sigma_trunc=5.0, budget=4, **options):
-    return decide(
-        model, x, check_sigmas(sigmas), prior=prior, sigma_trunc=sigma_trunc, budget=budget, **options
-    )
+    return decide(model, x, check_sigmas(sigmas), prior=prior, sigma_trunc=sigma_trunc, budget=budget, **options)
 
 
 PICTURE = torch.full_like(NOISE, 0.3)

@@ -120,7 +120,9 @@ def test_a_row_does_not_depend_on_its_batch(data):
     cond = torch.arange(9) % 4
     together = model(x, level, cond)
     for i in range(9):
-        torch.testing.assert_close(model(x[i : i + 1], level[:1], cond[i : i + 1]), together[i : i + 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model(x[i : i + 1], level[:1], cond[i : i + 1]), together[i : i + 1], atol=1e-5, rtol=0
+        )
 
 
 def test_wrong_input_is_named(data):

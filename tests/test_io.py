@@ -422,5 +422,3 @@ def test_random_headers_never_raise_anything_else(file, changes, dropped):
     damaged = Path(file.with_name("damaged.safetensors"))
     damaged.write_bytes(save(tensors, {io.KEY: json.dumps(header)}))
     load_or_refuse(damaged)
-
-

@@ -213,9 +213,7 @@ def test_no_step_to_make_returns_x_itself(sigmas, x):
 def test_a_last_sigma_above_zero_leaves_the_picture_at_that_level(x):
     model = Gaussian()
     sigmas = exponential(60, 10.0, 0.5)[:-1]
-    torch.testing.assert_close(
-        solve(model, x, sigmas, disable=True), model.exact(x, 10.0, 0.5), atol=3e-3, rtol=3e-3
-    )
+    torch.testing.assert_close(solve(model, x, sigmas, disable=True), model.exact(x, 10.0, 0.5), atol=3e-3, rtol=3e-3)
 
 
 def test_ascending_sigmas_are_ordinary_steps_that_come_back(x):

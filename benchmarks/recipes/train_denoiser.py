@@ -151,7 +151,9 @@ def train(run: Run, images: torch.Tensor, labels: torch.Tensor | None, args: arg
                 rate = (run.step - first) * args.batch / (time.time() - start)
                 if loss != loss:
                     raise SystemExit(f"the loss is NaN at step {run.step}; the last good state is {run.state_path}")
-                log.write(json.dumps({"step": run.step, "loss": loss, "images_per_s": rate, "seconds": run.seconds}) + "\n")
+                log.write(
+                    json.dumps({"step": run.step, "loss": loss, "images_per_s": rate, "seconds": run.seconds}) + "\n"
+                )
                 log.flush()
                 bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.0f}/s")
                 window = []

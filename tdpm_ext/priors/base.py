@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -52,7 +53,8 @@ class ImplicitPrior:
     def sample(self, z: torch.Tensor, sigma: float | None = None, **cond) -> torch.Tensor:
         """Draw x [B, *shape] at noise level ``sigma`` (default ``sigma_trunc``) from unit noise z [B, *shape]."""
         self.check(z)
-        return self.transport(z * self.sigma_max, self.sigma_max, sigma or self.sigma_trunc, **cond)
+        sigma = self.sigma_trunc if sigma is None else sigma
+        return self.transport(z * self.sigma_max, self.sigma_max, sigma, **cond)
 
     def start(self, z: torch.Tensor, sigma: float, history: tuple[float, ...] = (), **cond):
         """Draw x at ``sigma`` and the denoised estimates at the higher levels in ``history`` (nearest first).
@@ -100,6 +102,7 @@ class ImplicitPrior:
         raise NotImplementedError(f"prior kind {cls.kind!r} cannot be loaded")
 
 
+@lru_cache
 def default_plan(sigma_trunc: float, budget: int) -> Plan:
     """An uncalibrated plan: Karras sigmas of rho 3 below sigma_trunc, order 2, one history point.
 

@@ -131,7 +131,10 @@ class ClosedFormPrior(ImplicitPrior):
         """bool [B, K]: components each row may use; None when all may (no condition, or no class in this prior)."""
         if class_cond is None or bool((t["classes"] < 0).any()):
             return None
-        label = torch.as_tensor(class_cond, device=t["classes"].device).reshape(-1).expand(batch)
+        label = torch.as_tensor(class_cond, device=t["classes"].device).reshape(-1)
+        if len(label) not in (1, batch):
+            raise ValueError(f"class_cond holds {len(label)} labels for {batch} pictures: give one per picture")
+        label = label.expand(batch)
         known = torch.isin(label, t["classes"])
         return (t["classes"][None] == label[:, None]) | ~known[:, None]
 
@@ -167,24 +170,35 @@ class ClosedFormPrior(ImplicitPrior):
         return out
 
     def _flow(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
-        """Heun's method on w = c / sqrt(v + sigma^2), which is constant under the moment-matched Gaussian.
+        """Heun's method on w = (c - m) / sqrt(v + sigma^2), constant under the Gaussian of the same moments.
 
-        dw/dlog(sigma) = -(D_mixture - D_gaussian) / sqrt(v + sigma^2).
+        dw/dlog(sigma) = -(D_mixture - D_gaussian) / sqrt(v + sigma^2). Moments are those of the candidates.
         """
-        v = t["variances"][: c.shape[1]]
+        m, v = self._candidate_moments(t, allowed)
 
         def slope(w: torch.Tensor, sigma: float) -> torch.Tensor:
             root = (v + sigma**2).sqrt()
-            point = w * root
-            return (point * (v / (v + sigma**2)) - self._mixture_denoise(t, point, sigma, allowed)) / root
+            y = w * root
+            return (m + y * (v / (v + sigma**2)) - self._mixture_denoise(t, m + y, sigma, allowed)) / root
 
-        levels = flow_grid(a, b, 2 * math.sqrt(float(v.max()) + 1e-12))
-        w = c / (v + a * a).sqrt()
+        levels = flow_grid(a, b, 2 * math.sqrt(float(t["variances"][: c.shape[1]].max()) + 1e-12))
+        w = (c - m) / (v + a * a).sqrt()
         for here, there in zip(levels, levels[1:], strict=False):
             h = math.log(there / here)
             first = slope(w, here)
             w = w + (0.5 * h) * (first + slope(w + h * first, there))
-        return w * (v + b * b).sqrt()
+        return m + w * (v + b * b).sqrt()
+
+    @staticmethod
+    def _candidate_moments(t, allowed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance along each axis of the components each row may use: [B, q] both, or [1, q] for all."""
+        weights = t["log_weights"].softmax(0)[None]
+        if allowed is not None:
+            weights = weights * allowed
+            weights = weights / weights.sum(1, keepdim=True)
+        mean = weights @ t["means"]
+        within = torch.einsum("kqr,kr->kq", t["rotations"].square(), t["spreads"])
+        return mean, (weights @ (within + t["means"].square()) - mean.square()).clamp_min(0)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -234,12 +248,14 @@ def _validated(tensors: dict[str, torch.Tensor], d: int) -> dict[str, torch.Tens
         raise ValueError(f"tensors are {sorted(tensors)}; a closed-form prior has {sorted(names)}")
     for name, dims in LIMITS.items():
         if tensors[name].ndim != dims or not tensors[name].is_floating_point():
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, {tensors[name].dtype}: want {dims}-d floats")
+            shape = tuple(tensors[name].shape)
+            raise ValueError(f"{name} has shape {shape}, {tensors[name].dtype}: want {dims}-d floats")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise ValueError(f"{name} holds NaN or infinity")
     t = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     r, k, q = t["basis"].shape[1], t["log_weights"].shape[0], t["means"].shape[1]
-    want = {"mean": (d,), "basis": (d, r), "variances": (r,), "means": (k, q), "rotations": (k, q, q), "spreads": (k, q)}
+    want = {"mean": (d,), "basis": (d, r), "variances": (r,)}
+    want |= {"means": (k, q), "rotations": (k, q, q), "spreads": (k, q)}
     for name, shape in want.items():
         if tuple(t[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(t[name].shape)}; {shape} fits the other tensors and the picture")

@@ -107,10 +107,10 @@ class _Sums:
         if self.shift is None:
             self.shift, self.shape = flat.mean(0), tuple(x.shape[1:])
             self.total, self.square = torch.zeros_like(self.shift), 0.0
-        flat = flat - self.shift
+        flat -= self.shift
         self.count += len(flat)
         self.total += flat.sum(0)
-        self.square += float(flat.square().sum())
+        self.square += float(torch.dot(flat.flatten(), flat.flatten()))
         return flat
 
     @property

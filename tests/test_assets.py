@@ -1,0 +1,67 @@
+"""What ships in the clone: complete, small, consistent with its cards, and usable."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tdpm_ext as tdpm
+from benchmarks import features
+from tdpm_ext.pictures import load_pictures, to_unit
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SETS = ("fashion-mnist", "digits")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_fit_and_evaluation_pictures_never_mix(name):
+    halves = [load_pictures(ASSETS / name / f"{half}.zip") for half in ("fit", "eval")]
+    assert len(halves[0]) == len(halves[1]) > 1000
+    digests = [{hashlib.sha256(image.numpy().tobytes()).digest() for image in half.images} for half in halves]
+    assert not digests[0] & digests[1]
+    for half in halves:
+        assert half.images.shape[1:] == (1, 28, 28)
+        assert sorted(half.labels.unique().tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_card_names_the_hash_of_every_file(name):
+    card = (ASSETS / name / "README.md").read_text()
+    for file in sorted((ASSETS / name).iterdir()):
+        if file.suffix in (".zip", ".safetensors"):
+            assert hashlib.sha256(file.read_bytes()).hexdigest() in card, (
+                f"{name}/README.md lacks the hash of {file.name}"
+            )
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_each_set_takes_at_most_eight_megabytes_a_kind_and_has_a_licence(name):
+    folder = ASSETS / name
+    assert sum(f.stat().st_size for f in folder.glob("*.zip")) <= 8e6
+    assert all(f.stat().st_size <= 8e6 for f in folder.glob("*.safetensors"))
+    assert (folder / "LICENSE").read_text().strip()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_feature_network_still_classifies_as_its_card_says(name):
+    net = features.load_features(ASSETS / name / "features.safetensors")
+    pictures = load_pictures(ASSETS / name / "eval.zip", limit=1000)
+    measured = features.accuracy(net, features.extract(net, to_unit(pictures.images)), pictures.labels)
+    stated = [float(v) / 100 for v in re.findall(r"(\d\d\.\d+) ?%", (ASSETS / name / "README.md").read_text())]
+    assert any(abs(measured - v) < 0.03 for v in stated), (measured, stated)
+
+
+def test_the_shipped_checkpoint_denoises_held_out_pictures_better_than_the_best_gaussian():
+    checkpoint = tdpm.open_checkpoint(ASSETS / "fashion-mnist" / "denoiser.safetensors")
+    prior = tdpm.fit_prior("gaussian", ASSETS / "fashion-mnist" / "fit.zip", progress=False)
+    pictures = load_pictures(ASSETS / "fashion-mnist" / "eval.zip", limit=64)
+    clean = to_unit(pictures.images)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.1, 0.5, 2.0):
+        noisy = clean + sigma * noise
+        with torch.no_grad():
+            network = checkpoint.model(noisy, torch.full([64], sigma), class_cond=pictures.labels)
+        error = (network - clean).square().mean()
+        assert error < 0.9 * (prior.denoise(noisy, sigma) - clean).square().mean()
