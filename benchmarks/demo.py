@@ -106,13 +106,13 @@ def sample(rows, shape, num_classes: int, count: int) -> tuple[dict, dict]:
     return {k: torch.cat(v) for k, v in pictures.items()}, {k: float(np.median(v)) for k, v in times.items()}
 
 
-def judge(rows, pictures: dict, times: dict, real: torch.Tensor, fitted: torch.Tensor) -> tuple[list[dict], float]:
+def judge(rows, pictures: dict, times: dict, real: torch.Tensor, fitted: torch.Tensor, labels):
     """Table rows, and the floor: real pictures against real pictures at the same count."""
     net = judges.load_features(ASSETS / "features.safetensors")
     reference = judges.extract(net, real)
     count = len(next(iter(pictures.values())))
     standard, other = metrics.standardise(reference, judges.extract(net, fitted))
-    floor = metrics.floor(standard, other, count).value
+    floor = metrics.floor(standard, other, count, labels=labels).value
     table = []
     for label, nfe, _ in rows:
         x = pictures[label]
@@ -149,7 +149,7 @@ def main(argv=None) -> None:
     rows = arms(checkpoint, prior, args.pictures)
     samples, times = sample(rows, checkpoint.shape, checkpoint.num_classes, args.pictures)
     real = to_unit(load_pictures(ASSETS / "eval.zip").images)
-    table, floor = judge(rows, samples, times, real, to_unit(pictures.images))
+    table, floor = judge(rows, samples, times, real, to_unit(pictures.images), pictures.labels)
     grid = [[to_uint8(x) for x in samples[label][:20]] for label, *_ in rows]
     save_png(
         picture_grid(grid, [label for label, *_ in rows], [NAMES[i % 10] for i in range(20)]), args.out / "grid.png"

@@ -85,6 +85,11 @@ class Bench:
         return x
 
 
+def spread(total: int, count: int) -> np.ndarray:
+    """``count`` indices evenly over ``total``: folders are read class by class, so [:count] is no sample."""
+    return np.linspace(0, total - 1, min(total, count)).round().astype(int)
+
+
 def tune_rivals(bench: Bench, reference: torch.Tensor) -> dict:
     """Best settings per score and budget: every setting on a few seeds, the leaders again on more."""
     path = bench.work / "tuning.json"
@@ -136,7 +141,7 @@ def fitted_prior(bench: Bench):
 
 def judged(bench: Bench, x: torch.Tensor, reference: torch.Tensor) -> dict:
     reals, fakes = metrics.standardise(bench.real, bench.extract(x))
-    kept = metrics.manifold(reals[: len(fakes)], fakes)
+    kept = metrics.manifold(reals[spread(len(reals), len(fakes))], fakes)
     return {
         "fd": metrics.frechet_distance(fakes, reals),
         "rmse": metrics.paired_rmse(x, reference),
@@ -209,7 +214,7 @@ def copying(bench: Bench, prior) -> dict:
     fit = to_unit(bench.fit.images).numpy()
     x = load_file(bench.work / "tdpm-quality-4.safetensors")["x"].clamp(-1, 1).numpy()
     ours = float(np.mean(metrics.nearest_distance(x, fit)))
-    held = float(np.mean(metrics.nearest_distance(bench.judge[: len(x)].numpy(), fit)))
+    held = float(np.mean(metrics.nearest_distance(bench.judge[spread(len(bench.judge), len(x))].numpy(), fit)))
     return {"samples": ours, "held_out": held, "ratio": ours / held}
 
 
@@ -220,10 +225,10 @@ def run(bench: Bench) -> dict:
         "own-60", lambda: rivals.reference_run(bench.model, z, extra_args=extra, batch=bench.args.batch)
     )
     own = judged(bench, reference, reference)
-    some = torch.linspace(0, len(bench.fit) - 1, min(len(bench.fit), len(bench.judge))).long()
-    fit_features = bench.extract(to_unit(bench.fit.images[some]))
+    some = bench.fit.take(spread(len(bench.fit), len(bench.judge)))
+    fit_features = bench.extract(to_unit(some.images))
     reals, fits = metrics.standardise(bench.real, fit_features)
-    floor = metrics.floor(reals, fits, min(count, len(fits)))
+    floor = metrics.floor(reals, fits, min(count, len(fits)), labels=some.labels if bench.num_classes else None)
     print(f"{bench.name}: own 60-evaluation run FD {own['fd']:.3f}, floor {floor.value:.3f} (N={count})", flush=True)
     prior = fitted_prior(bench)
     tuning = tune_rivals(bench, reference)

@@ -16,6 +16,7 @@ from tdpm_ext.solver import device_of, solve
 
 DRAWS = 1024
 DRAW_STEPS = 7
+DRAW_RHO = 10.0  # the steps err least in the variances they leave behind when spread almost evenly in log sigma
 STOP = 0.35  # data are read off as denoised estimates at this multiple of their std
 
 
@@ -44,7 +45,7 @@ def draw_from_denoiser(
     generator, device = torch.Generator().manual_seed(seed), device_of(denoiser)
     labels = torch.arange(count) % num_classes if num_classes else None
     stop = STOP * _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator)
-    sigmas = karras(steps, sigma_max, stop, 5.0)[:-1]
+    sigmas = karras(steps, sigma_max, stop, DRAW_RHO)[:-1]
     out = []
     for k in tqdm(range(0, count, batch), desc="drawing from the checkpoint", disable=not progress):
         rows = min(batch, count - k)

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from tdpm_ext import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,12 +23,11 @@ def test_the_ten_lines_run_as_written(tmp_path, monkeypatch):
 
 
 def test_every_command_and_option_in_the_readme_is_accepted(capsys):
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
+    blocks = "\n".join(text for kind, text in re.findall(r"```(\w*)\n(.*?)```", README, re.S) if not kind)
     lines = [line.split("#")[0].split() for line in blocks.splitlines() if line.startswith("tdpm ")]
     assert len(lines) >= 5
     for _, command, *words in lines:
-        with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+        assert cli.main([command, "--help"]) == 0
         known = capsys.readouterr().out
         for option in (w for w in words if w.startswith("-")):
             assert option in known, f"tdpm {command} has no {option}"

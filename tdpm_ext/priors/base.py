@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -90,7 +91,8 @@ class ImplicitPrior:
             return resize_plan(table[known[min(k, len(known) - 1)]], budget)
         low, high = table[known[k - 1]], table[known[k]]
         share = (budget - known[k - 1]) / (known[k] - known[k - 1])
-        return blend_plans(resize_plan(low, budget), resize_plan(high, budget), share)
+        plan = blend_plans(resize_plan(low, budget), resize_plan(high, budget), share)
+        return replace(plan, error=(1 - share) * low.error + share * high.error)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Tensors and a JSON-able config from which `from_state` rebuilds the prior (card and plans apart)."""
@@ -108,24 +110,23 @@ def default_plan(sigma_trunc: float, budget: int) -> Plan:
 
     The last evaluation stands higher when there are few: a final step from 0.02 would waste one of three.
     """
-    last = max(DEFAULT_SIGMA_MIN, min(0.3, sigma_trunc / 4) / budget)
+    last = min(max(DEFAULT_SIGMA_MIN, min(0.3, sigma_trunc / 4) / budget), sigma_trunc / 2)
     sigmas = karras(budget, sigma_trunc, last, 3.0).tolist()
     return Plan(tuple(sigmas), (2,) * budget, (HISTORY_RATIO * sigma_trunc,))
 
 
 def resize_plan(plan: Plan, budget: int) -> Plan:
     """The same curve of log sigma against progress, sampled at another number of steps; ends where it ended."""
-    old = [math.log(s) for s in plan.sigmas[:-1]]
     if budget == plan.steps:
         return plan
+    if plan.steps == 1:  # one step says nothing about a curve
+        return replace(default_plan(plan.sigma_trunc, budget), history=plan.history)
+    old = [math.log(s) for s in plan.sigmas[:-1]]
     sigmas = []
     for i in range(budget):
         at = i * (len(old) - 1) / max(1, budget - 1)
-        k = min(int(at), max(0, len(old) - 2))
-        right = old[min(k + 1, len(old) - 1)]
-        sigmas.append(math.exp(old[k] + (at - k) * (right - old[k])))
-    if len(old) == 1:  # one step says nothing about a curve: go on below it geometrically
-        sigmas = [math.exp(old[0]) * 0.4**i for i in range(budget)]
+        k = min(int(at), len(old) - 2)
+        sigmas.append(math.exp(old[k] + (at - k) * (old[k + 1] - old[k])))
     orders = tuple(plan.orders[min(i * plan.steps // budget, plan.steps - 1)] for i in range(budget))
     return Plan(tuple([*sigmas, 0.0]), orders, plan.history)
 
@@ -136,5 +137,4 @@ def blend_plans(low: Plan, high: Plan, share: float) -> Plan:
     sigmas = [math.exp((1 - share) * math.log(a) + share * math.log(b)) for a, b in pairs]
     near = low if share < 0.5 else high
     history = tuple(h / near.sigmas[0] * sigmas[0] for h in near.history)
-    error = (1 - share) * low.error + share * high.error
-    return Plan(tuple([*sigmas, 0.0]), near.orders, history, error=error)
+    return Plan(tuple([*sigmas, 0.0]), near.orders, history)
