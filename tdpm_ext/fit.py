@@ -42,6 +42,8 @@ def draw_from_denoiser(
     Returns:
         (denoised [count, *shape], labels int64 [count] or None, the sigma they were read at).
     """
+    if count < 2 or num_classes < 0:
+        raise ValueError(f"draws {count} of num_classes {num_classes}: give 2 or more, of 0 (no labels) or more classes")
     generator, device = torch.Generator().manual_seed(seed), device_of(denoiser)
     labels = torch.arange(count) % num_classes if num_classes else None
     stop = STOP * _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator)
@@ -107,16 +109,23 @@ def fit_prior(
         checkpoint: fingerprint to record, so that the prior refuses other checkpoints.
 
     Raises:
-        ValueError: no data and no denoiser, both, NaN, an unknown kind, an option the kind does not have.
+        ValueError: no data and no denoiser, both, NaN, an unknown kind, an option the kind or the source does not
+            have, pictures of another shape than ``shape``.
     """
     if (data is None) == (denoiser is None):
         raise ValueError("give either data (pictures) or denoiser (the checkpoint itself), one of the two")
+    if denoiser is None and num_classes:
+        raise ValueError(f"num_classes={num_classes} is for fitting from a denoiser; with data give labels=")
+    if denoiser is not None and labels is not None:
+        raise ValueError("labels= go with data; with a denoiser say num_classes=, and classes are drawn alike")
     options = {"components": components, "rank": rank}
     accepted = {"gaussian": (), "lowrank": ("rank",), "mixture": ("components", "rank")}
     cls = get_prior(kind)
     for name, value in options.items():
         if value is not None and name not in accepted.get(kind, tuple(options)):
             raise ValueError(f"{name}={value} has no meaning for kind {kind!r}; it takes {accepted[kind] or 'neither'}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value}: give 1 or more")
     options = {name: value for name, value in options.items() if value is not None}
     stop = 0.0
     if denoiser is not None:

@@ -122,24 +122,33 @@ def test_moments_come_back_from_the_denoiser_alone(kind, options):
     model = GaussianModel()
     prior = fit(kind, denoiser=model, shape=SHAPE, draws=2048, **options)
     assert prior.card["source"] == "denoiser" and prior.card["denoised_at"] > 0
-    # 2,048 draws: standard errors of 2-3 %, and a little for the few steps they were made with
+    # 2,048 draws have standard errors of 3 %; seven evaluations a draw lose up to a quarter of a variance
     scale = float(model.variances.sum().sqrt())
     assert float((prior.tensors["mean"].double() - model.means[0]).norm()) < 0.06 * scale
+    found = (model.turn.T @ covariance_of(prior) @ model.turn).diagonal() / model.variances
+    strong = model.variances > prior.card["denoised_at"] ** 2
+    strong[prior.tensors["basis"].shape[1] :] = False  # beyond the rank kept, one variance stands for all
+    assert float(found[strong].min()) > 0.7 and float(found[strong].max()) < 1.15
     error = covariance_of(prior) - model.covariance
     assert float(error.norm() / model.covariance.norm()) < 0.12
-    assert float(covariance_of(prior).trace() / model.variances.sum()) == pytest.approx(1, abs=0.08)
+
+
+def test_more_evaluations_a_draw_recover_the_moments_closely():
+    model = GaussianModel()
+    estimates, _, stop = draw_from_denoiser(model, SHAPE, count=3000, steps=30, progress=False)
+    found = unshrink((estimates.flatten(1).double() @ model.turn).var(0), stop)
+    torch.testing.assert_close(found, model.variances, atol=0, rtol=0.1)
 
 
 def test_without_undoing_the_shrinkage_the_fine_directions_would_be_lost():
-    """Denoised estimates know nothing of directions weaker than the noise they were read at."""
+    """Denoised estimates know little of directions weaker than the noise they were read at."""
     model = GaussianModel()
     prior = fit("gaussian", denoiser=model, shape=SHAPE, draws=2048)
     estimates, _, stop = draw_from_denoiser(model, SHAPE, count=2048, progress=False)
-    weakest = model.turn[:, -1]
-    raw = float((estimates.flatten(1).double() @ weakest).var())
-    assert float(model.variances[-1]) < 0.25 * stop**2
-    assert raw < 0.4 * float(model.variances[-1])
-    assert float(weakest @ covariance_of(prior) @ weakest) == pytest.approx(float(model.variances[-1]), rel=0.3)
+    weakest, truth = model.turn[:, -1], float(model.variances[-1])
+    assert truth < stop**2
+    assert float((estimates.flatten(1).double() @ weakest).var()) < 0.5 * truth
+    assert float(weakest @ covariance_of(prior) @ weakest) == pytest.approx(truth, rel=0.25)
 
 
 @given(variance=st.floats(1e-8, 1e4), sigma=st.floats(1e-3, 1e2))
@@ -264,11 +273,10 @@ def broken(value):
         ("gaussian", {"denoiser": broken(math.nan), "shape": SHAPE}, "std nan: check the checkpoint"),
         ("gaussian", {"denoiser": broken(math.inf), "shape": SHAPE}, "check the checkpoint"),
         ("gaussian", {"denoiser": broken(0.3), "shape": SHAPE}, "std 0.0: check the checkpoint"),
-        ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "draws": 0}, "draws 0: give 2 or more"),
+        ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "draws": 0}, "draws 0 .*give 2 or more"),
         ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "num_classes": -1}, "num_classes -1"),
         ("mixture", {"denoiser": GaussianModel(), "shape": SHAPE, "labels": torch.zeros(4)}, "labels.*num_classes"),
         ("gaussian", {"data": PICTURES, "num_classes": 3}, "num_classes.*denoiser"),
-        ("gaussian", {"data": PICTURES, "cond_scale": 2.0}, "cond_scale.*denoiser"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_words(kind, options, says):
@@ -281,7 +289,7 @@ def test_a_denoiser_that_breaks_late_is_named():
 
     def model(x, sigma):
         calls.append(1)
-        return torch.full_like(x, math.nan) if len(calls) > 12 else x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+        return torch.full_like(x, math.nan) if len(calls) > 8 else x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
 
     with pytest.raises(ValueError, match="denoiser gave NaN or infinity"):
         fit("gaussian", denoiser=model, shape=SHAPE, draws=16)

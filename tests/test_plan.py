@@ -32,7 +32,7 @@ def test_json_keeps_every_field(plan):
 
 def test_lists_and_ints_become_tuples_of_floats():
     plan = Plan([5, 1, 0], [1, 2], [8])
-    assert plan == Plan((5.0, 1.0, 0.0), (1, 2), (8.0,), error=plan.error)
+    assert (plan.sigmas, plan.orders, plan.history) == ((5.0, 1.0, 0.0), (1, 2), (8.0,))
     assert math.isnan(plan.error)
 
 

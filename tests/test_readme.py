@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from benchmarks import tables
 from tdpm_ext import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,3 +46,7 @@ def test_every_make_target_and_linked_file_exists():
 def test_files_named_in_backticks_exist():
     for name in set(re.findall(r"`((?:assets|benchmarks|tests)/[\w./-]+)`", README)):
         assert (ROOT / name).exists(), name
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    assert tables.replaced(README) == README
