@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -246,6 +247,7 @@ def run(bench: Bench) -> dict:
         "verdict": verdict(rows, own),
         "tuning": {"settings_tried": tuning["tried"], "samples": tuning["samples"]},
         "prior": {"kind": prior.kind, **prior.card},
+        "command": f"python benchmarks/quality.py {shlex.join(bench.args.given)}",
         "environment": environment(),
         "seconds": round(time.time() - start),
     }
@@ -312,7 +314,9 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--work", type=Path, help="folder for finished arms (default out/quality/NAME)")
     p.add_argument("--out", type=Path, help="JSON (default benchmarks/results/quality-NAME.json)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.given = list(sys.argv[1:] if argv is None else argv)
+    return args
 
 
 def build(args: argparse.Namespace) -> Bench:

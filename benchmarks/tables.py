@@ -14,23 +14,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- RESULTS: python benchmarks/tables.py -->", "<!-- END RESULTS -->"
-# file, title, the command that made it
-RUNS = (
-    ("quality-fashion-mnist-checkpoint", "Shipped Fashion-MNIST checkpoint, class by class", "fashion-mnist"),
-    ("quality-fashion-mnist-ideal", "Ideal denoiser, Fashion-MNIST", "fashion-mnist --ideal"),
-    ("quality-digits-ideal", "Ideal denoiser, handwritten digits (nothing was tuned on them)", "digits --ideal"),
-    ("quality-cifar10-jpeg-ideal", "Ideal denoiser, CIFAR-10 (JPEG 75, figures only)", "cifar10-jpeg --ideal ..."),
-)
+RUNS = {  # file: title
+    "quality-fashion-mnist-checkpoint": "Shipped Fashion-MNIST checkpoint, class by class",
+    "quality-fashion-mnist-ideal": "Ideal denoiser, Fashion-MNIST",
+    "quality-digits-ideal": "Ideal denoiser, handwritten digits (nothing was tuned on them)",
+    "quality-cifar10-jpeg-ideal": "Ideal denoiser, CIFAR-10 (JPEG 75, figures only)",
+}
 
 
-def table(result: dict, title: str, command: str) -> str:
+def table(result: dict, title: str) -> str:
     """One quality run as Markdown."""
     at = {(r["arm"], r["budget"]): r for r in result["rows"]}
     own, verdict = result["own60"], result["verdict"]
     lines = [
         f"**{title}.** {result['judge']}, N={result['samples']}; the denoiser's own 60-evaluation run has FD "
         f"{own['fd']:.2f}, real pictures against real pictures (the floor) {result['floor']:.2f}. "
-        f"`python benchmarks/quality.py {command}`",
+        f"`{result['command']}`",
         "",
         "| evaluations | best k-diffusion sampler: FD | tdpm `quality`: FD | coverage, recall (own run = 1) | "
         "best k-diffusion sampler: rmse | tdpm `fidelity`: rmse |",
@@ -53,16 +52,16 @@ def table(result: dict, title: str, command: str) -> str:
 def render() -> str:
     """All tables whose JSON is there, with one paragraph on how to read them."""
     parts = [
-        "CPU figures. FD: Frechet distance in the 128 features of a classifier (112 of EfficientNet-Lite0 for CIFAR-10), "
+        "CPU figures. FD: Frechet distance in the 128 features of a classifier (CIFAR-10: 112 of EfficientNet-Lite0) "
         "against pictures that neither prior nor calibration saw; not comparable with published FID. rmse: to the "
         "denoiser's own 60-evaluation picture from the same seed. The k-diffusion column is the best of euler, heun, "
         "dpm_2, lms and dpmpp_2m with sigma_max in {80, 40, 20, 10} and rho in {3, 7}, tuned for that very count and "
         "that very score."
     ]
-    for name, title, command in RUNS:
+    for name, title in RUNS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
-            parts.append(table(json.loads(path.read_text()), title, command))
+            parts.append(table(json.loads(path.read_text()), title))
     return "\n\n".join(parts)
 
 

@@ -70,6 +70,8 @@ class FeatureDistance:
         self.target = (projected.mean(0), torch.cov(projected.T))
 
     def __call__(self, samples: torch.Tensor) -> float:
+        if len(samples) < 2:
+            raise ValueError(f"{len(samples)} pictures to judge: give at least 2, and better hundreds")
         if not bool(samples.isfinite().all()):
             raise ValueError("the pictures to judge hold NaN or infinity: check the checkpoint, its units and sigma_max")
         vectors = torch.cat([self.features(part).double() for part in samples.float().cpu().split(256)])

@@ -150,6 +150,12 @@ def test_samples_that_are_not_numbers_are_named(distance, bad):
         distance(x)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_sample_is_no_distribution(distance, count):
+    with pytest.raises(ValueError, match=f"{count} pictures to judge: give at least 2"):
+        distance(pictures(2)[:count])
+
+
 @pytest.mark.gpu
 def test_samples_on_the_gpu_are_judged_like_those_on_the_cpu(distance):
     x = pictures(200, seed=1)
