@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
 
 from tdpm_ext.distance import FeatureDistance
-from tdpm_ext.plan import Plan
+from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
 from tdpm_ext.reference import StandIn, Trajectories, run_batched
 from tdpm_ext.schedule import karras
-from tdpm_ext.solver import device_of, solve
+from tdpm_ext.solver import device_of, solve, step_weights
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
 OBJECTIVES = ("fidelity", "quality")
 RHOS = (1.0, 2.0, 3.0, 5.0, 7.0)
 FEW = 4  # evaluations
+RIDGE = 2e-3  # pull of fitted weights towards the usual ones, relative to the estimates' spread
 HISTORY = (1.6, 2.56)  # levels of the seeded estimates, as multiples of sigma_trunc
 
 
@@ -108,7 +111,8 @@ class _Job:
     def run(self, plan: Plan) -> torch.Tensor:
         """The plan on the checkpoint itself: final pictures [B, *shape]."""
         x, history = self.start(plan.sigma_trunc, plan.history)
-        return run_batched(self.model, x, plan.sigmas, self.extra, self.batch, orders=plan.orders, history=history)
+        way = {"orders": plan.orders, "history": history, "weights": plan.weights}
+        return run_batched(self.model, x, plan.sigmas, self.extra, self.batch, **way)
 
 
 def make_plan(sigma_trunc: float, last: float, budget: int, rho: float, order: int, points: int) -> Plan:
@@ -141,8 +145,14 @@ def _fidelity(job: _Job, budgets: list[int]) -> dict[int, Plan]:
         candidates = _search_stand_in(stand_in, starts, std, budget)
         scored = [(rmse(job.run(plan), trajectories.final), plan) for plan in candidates]
         scored.sort(key=lambda pair: pair[0])
-        error, plan = _polish(job, trajectories.final, *scored[0])
-        plans[budget] = Plan(plan.sigmas, plan.orders, plan.history, error=error)
+        leaders = [_polish(job, trajectories.final, *scored[0])[1], *(plan for _, plan in scored[1:2])]
+        # Weights are fitted on one half of the seeds; the other half decides whether they help.
+        held = slice(len(job.z) // 2, None)
+        final = [(plan, job.run(plan)) for plan in leaders]
+        final += [fitted for plan in leaders if (fitted := _fit_weights(job, trajectories, plan))]
+        errors = [rmse(x[held], trajectories.final[held]) for _, x in final]
+        best = min(range(len(final)), key=errors.__getitem__)
+        plans[budget] = replace(final[best][0], error=errors[best])
     return plans
 
 
@@ -198,6 +208,40 @@ def _polish(job: _Job, target: torch.Tensor, value: float, plan: Plan) -> tuple[
         if trial and (new := rmse(job.run(trial), target)) < value:
             value, plan = new, trial
     return value, plan
+
+
+def _fit_weights(job: _Job, trajectories: Trajectories, plan: Plan) -> tuple[Plan, torch.Tensor] | None:
+    """Mix the estimates of each step so that it lands nearest the reference run, by least squares step after step.
+
+    Two free numbers a step, from all entries of the first half of the seeds; drawn slightly towards the plan's own
+    weights, which decide where the estimates hardly differ. Returns the plan and its final pictures for all seeds;
+    None when a weight came out absurdly large.
+    """
+    fit = slice(0, max(1, len(job.z) // 2))
+    x, history = job.start(plan.sigma_trunc, plan.history)
+    levels, past, rows = [s for s, _ in history], [d for _, d in history], []
+    for i, (here, there) in enumerate(pairwise(plan.sigmas)):
+        denoised = run_batched(job.model, x, [here, 0.0], job.extra, job.batch)
+        target = trajectories.final if there == 0 else trajectories.state(there)
+        share = 1.0 - there / here
+        known = [*plan.sigmas[i::-1], *levels][:3]
+        usual = [w / share for w in step_weights([there, *known], plan.orders[i])]
+        usual = torch.tensor([*usual, 0.0, 0.0][1 : len(known)], dtype=torch.float64)
+        row = [1.0]
+        if past:
+            newest = denoised[fit].double().flatten()
+            away = torch.stack([d[fit].double().flatten() - newest for d in past], 1)
+            want = ((target[fit].double() - (there / here) * x[fit].double()) / share).flatten() - newest
+            normal = away.T @ away
+            ridge = RIDGE * normal.trace() / len(normal) * torch.eye(len(normal), dtype=torch.float64)
+            fitted = torch.linalg.solve(normal + ridge + 1e-12 * ridge.new_ones(1), away.T @ want + ridge @ usual)
+            row = [1.0 - float(fitted.sum()), *fitted.tolist()]
+        x = (there / here) * x + share * sum(w * d for w, d in zip(row, [denoised, *past], strict=False))
+        past = [denoised, *past[:1]]
+        rows.append(tuple(row))
+    if max(abs(w) for row in rows for w in row) > MAX_WEIGHT:
+        return None
+    return replace(plan, weights=tuple(rows)), x
 
 
 def _scaled(plan: Plan, factor: float, keep: int) -> Plan | None:

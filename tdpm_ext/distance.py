@@ -73,7 +73,7 @@ class FeatureDistance:
         if len(samples) < 2:
             raise ValueError(f"{len(samples)} pictures to judge: give at least 2, and better hundreds")
         if not bool(samples.isfinite().all()):
-            raise ValueError("the pictures to judge hold NaN or infinity: check the checkpoint, its units and sigma_max")
+            raise ValueError("the pictures to judge hold NaN or infinity: check the checkpoint and its units")
         vectors = torch.cat([self.features(part).double() for part in samples.float().cpu().split(256)])
         projected = (vectors - self.mean) @ self.axes
         return frechet(projected.mean(0), torch.cov(projected.T), *self.target)

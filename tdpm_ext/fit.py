@@ -43,7 +43,9 @@ def draw_from_denoiser(
         (denoised [count, *shape], labels int64 [count] or None, the sigma they were read at).
     """
     if count < 2 or num_classes < 0:
-        raise ValueError(f"draws {count} of num_classes {num_classes}: give 2 or more, of 0 (no labels) or more classes")
+        raise ValueError(
+            f"draws {count}, num_classes {num_classes}: give 2 draws or more, and 0 classes (no labels) or more"
+        )
     generator, device = torch.Generator().manual_seed(seed), device_of(denoiser)
     labels = torch.arange(count) % num_classes if num_classes else None
     stop = STOP * _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator)

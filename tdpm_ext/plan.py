@@ -8,7 +8,8 @@ from itertools import pairwise
 
 MAX_STEPS = 1000
 MAX_HISTORY = 2
-FIELDS = ("sigmas", "orders", "history", "error")
+MAX_WEIGHT = 100.0
+FIELDS = ("sigmas", "orders", "history", "weights", "error")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Plan:
         orders: [n] order of the multistep update at each step, 1 to 3.
         history: 0 to 2 sigmas above ``sigma_trunc``, nearest first, at which the prior's own denoised estimate
             seeds the multistep history.
+        weights: [n] rows, each summing to 1: how a step mixes the newest, the previous and the older denoised
+            estimate. Fitted by `calibrate`; empty: what ``orders`` says.
         error: expected error under the plan's objective; NaN when it was not measured.
 
     Raises:
@@ -30,6 +33,7 @@ class Plan:
     sigmas: tuple[float, ...]
     orders: tuple[int, ...]
     history: tuple[float, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
     error: float = math.nan
 
     def __post_init__(self):
@@ -38,6 +42,7 @@ class Plan:
         object.__setattr__(self, "orders", _orders(self.orders))
         object.__setattr__(self, "error", _number("error", self.error))
         _check_sigmas(self.sigmas)
+        object.__setattr__(self, "weights", _weights(self.weights, self.steps, len(self.history)))
         if len(self.orders) != self.steps:
             raise ValueError(f"plan has {len(self.orders)} orders for {self.steps} steps: give one per step")
         _check_history(self.history, self.sigma_trunc)
@@ -58,6 +63,7 @@ class Plan:
             "sigmas": list(self.sigmas),
             "orders": list(self.orders),
             "history": list(self.history),
+            "weights": [list(row) for row in self.weights],
             "error": self.error if math.isfinite(self.error) else None,
         }
 
@@ -94,6 +100,20 @@ def _numbers(name: str, values) -> tuple[float, ...]:
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"plan {name} {numbers[:12]} must be finite")
     return numbers
+
+
+def _weights(rows, steps: int, known: int) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, (list, tuple)):
+        raise ValueError(f"plan weights are {type(rows).__name__}: give a list of rows")
+    rows = tuple(_numbers("weights", row) for row in rows)
+    if rows and len(rows) != steps:
+        raise ValueError(f"plan has {len(rows)} rows of weights for {steps} steps: give one per step, or none")
+    for i, row in enumerate(rows):
+        most = min(MAX_HISTORY, known + i) + 1
+        if not 1 <= len(row) <= most or abs(sum(row) - 1) > 1e-6 or max(map(abs, row)) > MAX_WEIGHT:
+            limits = f"1 to {most} numbers up to {MAX_WEIGHT} in size that sum to 1"
+            raise ValueError(f"plan weights of step {i} are {row[:5]}: give {limits}")
+    return rows
 
 
 def _orders(values) -> tuple[int, ...]:

@@ -56,8 +56,22 @@ class Trajectories:
                 denoised.append(torch.stack(ds))
         self.states, self.denoised = torch.cat(states, 1), torch.cat(denoised, 1)
         self.final = torch.cat(finals)
+        self.ascending = [-math.log(s) for s in self.levels]
         if not bool(self.final.isfinite().all()):
             raise ValueError("the reference run gave NaN or infinity: check the checkpoint, its units and sigma_max")
+
+    def place(self, sigma: float) -> tuple[int, float]:
+        """Index of the level above ``sigma`` and how far, in log sigma, it lies towards the next one."""
+        u = -math.log(sigma)
+        k = min(max(bisect_left(self.ascending, u) - 1, 0), len(self.levels) - 2)
+        share = (u - self.ascending[k]) / (self.ascending[k + 1] - self.ascending[k])
+        return k, min(max(share, 0.0), 1.0)
+
+    def state(self, sigma: float) -> torch.Tensor:
+        """x at any level: a short step from the level above, with the estimate at its middle."""
+        k, share = self.place(sigma)
+        ratio = sigma / self.levels[k]
+        return ratio * self.states[k] + (1 - ratio) * torch.lerp(self.denoised[k], self.denoised[k + 1], share / 2)
 
 
 class StandIn:
@@ -69,8 +83,7 @@ class StandIn:
     def __init__(self, trajectories: Trajectories, prior):
         self.axes = getattr(prior, "tensors", {})
         t = trajectories
-        self.levels = t.levels
-        self.ascending = [-math.log(s) for s in self.levels]
+        self.levels, self.place = t.levels, t.place
         self.states = torch.stack([self.rotate(x) for x in t.states])
         self.denoised = torch.stack([self.rotate(x) for x in t.denoised])
         self.final = self.rotate(t.final)
@@ -83,9 +96,7 @@ class StandIn:
 
     def at(self, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(state, denoised) of the reference at any level, the latter interpolated in log sigma."""
-        u = -math.log(sigma)
-        k = min(max(bisect_left(self.ascending, u) - 1, 0), len(self.levels) - 2)
-        share = min(max((u - self.ascending[k]) / (self.ascending[k + 1] - self.ascending[k]), 0.0), 1.0)
+        k, share = self.place(sigma)
         denoised = torch.lerp(self.denoised[k], self.denoised[k + 1], share)
         ratio = sigma / self.levels[k]
         state = ratio * self.states[k] + (1 - ratio) * 0.5 * (self.denoised[k] + denoised)

@@ -19,7 +19,7 @@ class Route:
     Attributes:
         sigmas: float64 [n+1] on the CPU.
         solver: somebody else's sampler function, or None for our own multistep solver.
-        orders, history: how our own solver steps along them, as in ``Plan``.
+        orders, history, weights: how our own solver steps along them, as in ``Plan``.
         note: what the log should add.
     """
 
@@ -27,6 +27,7 @@ class Route:
     solver: Callable | None = None
     orders: int | Sequence[int] = 2
     history: tuple[float, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
     note: str = ""
 
     @property
@@ -50,12 +51,12 @@ def plan_for(prior, budget: int, objective: str, sigma_trunc: float | None, solv
         return plan
     moved = tuple(respace(plan.sigmas, sigma_trunc).tolist())
     history = tuple(sigma * sigma_trunc / plan.sigma_trunc for sigma in plan.history)
-    return replace(plan, sigmas=moved, history=history)
+    return replace(plan, sigmas=moved, history=history, weights=())
 
 
 def follow(plan: Plan) -> Route:
     """The plan as it stands."""
-    return _along(plan, torch.tensor(plan.sigmas, dtype=torch.float64))
+    return replace(_along(plan, torch.tensor(plan.sigmas, dtype=torch.float64)), weights=plan.weights)
 
 
 def truncated(levels: torch.Tensor, plan: Plan, schedule: str, calls: int, solver=None, noise_sampler=None) -> Route:
@@ -93,7 +94,7 @@ def ordinary(levels: torch.Tensor, steps: int | None, solver=None) -> Route:
 def _along(plan: Plan, sigmas: torch.Tensor, solver=None, note: str = "") -> Route:
     """The plan's way of stepping on these sigmas; its orders belong to its own count, else order 2."""
     orders = plan.orders if len(sigmas) == len(plan.sigmas) else 2
-    return Route(sigmas, solver, orders, plan.history, note)
+    return Route(sigmas, solver, orders, plan.history, note=note)
 
 
 def _affordable(solver, calls: int, levels: torch.Tensor) -> tuple[int, Callable | None, str]:

@@ -133,7 +133,7 @@ def sample_tdpm(
     callback = _shifted(callback, len(levels) - len(way.sigmas))
     shared = (model, x, way.sigmas, extra_args, callback, disable)
     if way.solver is None:
-        return solve(*shared, orders=way.orders, history=history).to(dtype)
+        return solve(*shared, orders=way.orders, history=history, weights=way.weights).to(dtype)
     return inner_solver.run(way.solver, *shared, noise_sampler, generator).to(dtype)
 
 
@@ -193,7 +193,8 @@ def sample(
         }
         z = seeded_noise(prior.shape, seeds[span]).to(device)
         x, history = _start(prior, z, way, own_args)
-        done.append(solve(model, x, way.sigmas, own_args, None, True, orders=way.orders, history=history))
+        steps_of = {"orders": way.orders, "history": history, "weights": way.weights}
+        done.append(solve(model, x, way.sigmas, own_args, None, True, **steps_of))
     return torch.cat(done)
 
 

@@ -91,12 +91,15 @@ def expand_orders(orders: int | Sequence[int], steps: int) -> list[int]:
 
 
 @lru_cache
-def _all_weights(values: tuple[float, ...], orders: tuple[int, ...], known: tuple[float, ...]) -> list[list[float]]:
+def _all_weights(values: tuple, orders: tuple[int, ...], known: tuple, fitted: tuple) -> list[list[float]]:
     """Weights of every step; a schedule is used again and again, so they are kept."""
     rows = []
     for i, order in enumerate(orders):
         seen = [*values[i::-1], *known][:3]
-        rows.append(step_weights([values[i + 1], *seen], order))
+        if fitted and len(fitted[i]) <= len(seen):
+            rows.append([(1.0 - values[i + 1] / values[i]) * share for share in fitted[i]])
+        else:
+            rows.append(step_weights([values[i + 1], *seen], order))
     return rows
 
 
@@ -117,6 +120,7 @@ def solve(
     *,
     orders: int | Sequence[int] = 2,
     history: Sequence[tuple[float, torch.Tensor]] = (),
+    weights: Sequence[Sequence[float]] = (),
 ) -> torch.Tensor:
     """Run the denoiser down ``sigmas``; one evaluation per step.
 
@@ -129,6 +133,8 @@ def solve(
         orders: 1 to 3, or one per step. The first steps use as many estimates as there are.
         history: (sigma, denoised) pairs above ``sigmas[0]``, nearest first, known without a network call.
             With none and ``orders=2`` the result equals k-diffusion's ``sample_dpmpp_2m``.
+        weights: a row per step, summing to 1: how the newest and the older estimates are mixed, instead of by
+            ``orders``. A row that asks for more estimates than there are gives way to the step's order.
 
     Returns:
         x at ``sigmas[-1]``; unchanged when there is no step to make.
@@ -141,9 +147,12 @@ def solve(
         raise ValueError(f"sigmas {values[:12]}: give finite numbers above 0; only the last may be 0")
     steps = max(0, len(values) - 1)
     orders = expand_orders(orders, steps)
+    if weights and len(weights) != steps:
+        raise ValueError(f"{len(weights)} rows of weights for {steps} steps: give one per step")
     extra_args = extra_args or {}
     past = [d for _, d in history][:2]
-    rows = _all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2])
+    fitted = tuple(tuple(row) for row in weights)
+    rows = _all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2], fitted)
     levels = torch.tensor(values, dtype=torch.float32).to(x.device)
     ones = x.new_ones([x.shape[0]])
     for i in range(steps) if disable else trange(steps, disable=disable):

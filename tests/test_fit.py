@@ -67,7 +67,8 @@ def test_a_card_says_what_the_prior_was_fitted_for(kind):
     prior = fit(kind, data, labels=labels, checkpoint="0123456789abcdef", seed=4)
     card = prior.card
     assert prior.kind == kind and prior.shape == SHAPE
-    assert (card["source"], card["pictures"], card["checkpoint"], card["seed"]) == ("pictures", 60, "0123456789abcdef", 4)
+    assert (card["source"], card["pictures"], card["seed"]) == ("pictures", 60, 4)
+    assert card["checkpoint"] == "0123456789abcdef"
     assert len(card["data_sha256"]) == 64 and card["cond_scale"] == 1.0
     assert card["num_classes"] == (3 if kind == "mixture" else 0)
     assert card["data_std"] == pytest.approx(float(data.double().var(0, correction=0).mean().sqrt()), rel=1e-6)
@@ -102,7 +103,8 @@ def test_bytes_and_unit_floats_give_the_same_prior():
     from_bytes = fit("mixture", Pictures(raw, labels, ["a", "b"]), components=1)
     from_floats = fit("mixture", raw.float() / 127.5 - 1, labels=labels, components=1)
     for name in from_bytes.tensors:
-        torch.testing.assert_close(from_bytes.tensors[name].abs(), from_floats.tensors[name].abs(), atol=1e-4, rtol=1e-3)
+        one, two = from_bytes.tensors[name].abs(), from_floats.tensors[name].abs()
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
     assert from_bytes.num_classes == from_floats.num_classes == 2
 
 
@@ -203,9 +205,7 @@ def test_guidance_and_other_arguments_reach_the_denoiser():
 
 def test_draws_follow_the_seed():
     model = GaussianModel()
-    first, again, other = (
-        draw_from_denoiser(model, SHAPE, count=40, seed=s, progress=False)[0] for s in (0, 0, 1)
-    )
+    first, again, other = (draw_from_denoiser(model, SHAPE, count=40, seed=s, progress=False)[0] for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     fits = [fit("mixture", denoiser=model, shape=SHAPE, draws=64, seed=5) for _ in range(2)]
     assert all(torch.equal(fits[0].tensors[k], fits[1].tensors[k]) for k in fits[0].tensors)
@@ -273,8 +273,8 @@ def broken(value):
         ("gaussian", {"denoiser": broken(math.nan), "shape": SHAPE}, "std nan: check the checkpoint"),
         ("gaussian", {"denoiser": broken(math.inf), "shape": SHAPE}, "check the checkpoint"),
         ("gaussian", {"denoiser": broken(0.3), "shape": SHAPE}, "std 0.0: check the checkpoint"),
-        ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "draws": 0}, "draws 0 .*give 2 or more"),
-        ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "num_classes": -1}, "num_classes -1"),
+        ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "draws": 0}, "draws 0.*give 2 draws or more"),
+        ("gaussian", {"denoiser": GaussianModel(), "shape": SHAPE, "num_classes": -1}, "num_classes -1: give"),
         ("mixture", {"denoiser": GaussianModel(), "shape": SHAPE, "labels": torch.zeros(4)}, "labels.*num_classes"),
         ("gaussian", {"data": PICTURES, "num_classes": 3}, "num_classes.*denoiser"),
     ],

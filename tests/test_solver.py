@@ -1,4 +1,4 @@
-"""The multistep solver: against k-diffusion, against exact solutions, at the edges, and without waiting for the device."""
+"""The multistep solver: against k-diffusion and exact solutions, at the edges, and never waiting for the device."""
 
 import math
 from itertools import pairwise

@@ -16,6 +16,7 @@ candidate (a labelled mixture with `class_cond`), its own factor is exact and is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -91,39 +92,55 @@ class ClosedFormPrior(ImplicitPrior):
             y += outside
         return y.reshape(like.shape).to(like.dtype)
 
+    def _shrink(self, t, c, outside, sigma: float, allowed):
+        """Coordinates of x at noise level sigma -> coordinates of E[x_0 | x]."""
+        v = t["variances"]
+        out = c * (v / (v + sigma**2))
+        if self.components:
+            q = t["means"].shape[1]
+            out[:, :q] = self._mixture_denoise(t, c[:, :q], sigma, allowed)
+        return out, None if outside is None else outside * (self.residual / (self.residual + sigma**2))
+
+    def _move(self, t, c, outside, a: float, b: float, allowed):
+        """Coordinates of x at noise level a -> those of the same path's point at b."""
+        v = t["variances"]
+        out = c * ((v + b * b) / (v + a * a)).sqrt()
+        if self.components:
+            q = t["means"].shape[1]
+            out[:, :q] = self._mixture_transport(t, c[:, :q], a, b, allowed)
+        ratio = math.sqrt((self.residual + b * b) / (self.residual + a * a))
+        return out, None if outside is None else outside * ratio
+
     # -- the prior's interface -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: float, class_cond: torch.Tensor | None = None, **_) -> torch.Tensor:
         """x [B, *shape] at noise level sigma -> E[x_0 | x], of x's shape and dtype."""
-        sigma = _level(sigma)
-        t = self.on(x.device)
+        sigma, t = _level(sigma), self.on(x.device)
         c, outside = self._split(x)
-        v = t["variances"]
-        out = c * (v / (v + sigma**2))
-        if self.components:
-            q = t["means"].shape[1]
-            out[:, :q] = self._mixture_denoise(t, c[:, :q], sigma, self._allowed(t, class_cond, len(x)))
-        if outside is not None:
-            outside = outside * (self.residual / (self.residual + sigma**2))
-        return self._join(out, outside, x)
+        return self._join(*self._shrink(t, c, outside, sigma, self._allowed(t, class_cond, len(x))), x)
 
     @torch.no_grad()
     def transport(
         self, x: torch.Tensor, sigma_from: float, sigma_to: float, class_cond: torch.Tensor | None = None, **_
     ) -> torch.Tensor:
         """x [B, *shape] at sigma_from -> the same path's point at sigma_to. Exact for one component."""
-        a, b = _level(sigma_from), _level(sigma_to)
-        t = self.on(x.device)
+        a, b, t = _level(sigma_from), _level(sigma_to), self.on(x.device)
         c, outside = self._split(x)
-        v = t["variances"]
-        out = c * ((v + b * b) / (v + a * a)).sqrt()
-        if self.components:
-            q = t["means"].shape[1]
-            out[:, :q] = self._mixture_transport(t, c[:, :q], a, b, self._allowed(t, class_cond, len(x)))
-        if outside is not None:
-            outside = outside * math.sqrt((self.residual + b * b) / (self.residual + a * a))
-        return self._join(out, outside, x)
+        return self._join(*self._move(t, c, outside, a, b, self._allowed(t, class_cond, len(x))), x)
+
+    @torch.no_grad()
+    def start(
+        self, z: torch.Tensor, sigma: float, history: Sequence[float] = (), class_cond: torch.Tensor | None = None, **_
+    ) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
+        """As in `ImplicitPrior.start`, without leaving the coordinates between the levels."""
+        t, at, seen = self.on(z.device), self.sigma_max, []
+        place = self._split(z * self.sigma_max)
+        allowed = self._allowed(t, class_cond, len(z))
+        for level in sorted(map(_level, history), reverse=True):
+            place, at = self._move(t, *place, at, level, allowed), level
+            seen.insert(0, (level, self._join(*self._shrink(t, *place, level, allowed), z)))
+        return self._join(*self._move(t, *place, at, _level(sigma), allowed), z), seen
 
     # -- the mixture ---------------------------------------------------------------------------------------------
 
@@ -148,8 +165,9 @@ class ClosedFormPrior(ImplicitPrior):
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
         share = logits.softmax(1).float()  # [B, K]
-        shrunk = torch.bmm(y * (spread * scale)[:, None], t["rotations"].mT) + t["means"][:, None]
-        return torch.einsum("bk,kbq->bq", share, shrunk)
+        kept = y * (spread * scale)[:, None] * share.T[:, :, None]
+        turned = kept.transpose(0, 1).reshape(len(c), -1) @ t["rotations"].mT.reshape(-1, c.shape[1])
+        return torch.addmm(turned, share, t["means"])
 
     def _mixture_transport(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
         """Rows with one candidate component move exactly, the others by `_flow`: each row alone decides which."""
