@@ -260,7 +260,7 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
     """A line search over the cut, then over the last sigma, started from the neighbouring budget's best."""
     std = distance.std
     plans: dict[int, Plan] = {}
-    cut, last = 1.7 * std, 0.12 * std
+    point = None
     for budget in tqdm(budgets, desc="calibrating quality", disable=not job.progress):
         scores: dict[tuple[float, float], float] = {}
 
@@ -272,11 +272,12 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
                 scores[point] = distance(some.run(make_plan(*point, budget, 3.0, 2, 2)))
             return scores[point]
 
+        if point is None:  # cut and last sigma pull at each other, and one walk can end in the wrong valley
+            point = min(((std * c, std * e) for c in (1.0, 2.2, 4.8) for e in (0.06, 0.25, 0.8)), key=score)
         for axis, factor in ((0, 1.4), (1, 1.6)):
-            cut, last = _line_search(score, (cut, last), axis, factor)
-        plan = make_plan(cut, last, budget, 3.0, 2, 2)
-        plans[budget] = Plan(plan.sigmas, plan.orders, plan.history, error=score((cut, last)))
-        last *= 0.85  # more evaluations can end lower
+            point = _line_search(score, point, axis, factor)
+        plans[budget] = replace(make_plan(*point, budget, 3.0, 2, 2), error=score(point))
+        point = (point[0], 0.85 * point[1])  # more evaluations can end lower
     return plans
 
 

@@ -59,7 +59,8 @@ def prior(data):
 
 def run(prior, model, plan, z, **cond):
     x, history = prior.start(z, plan.sigma_trunc, plan.history, **cond)
-    return solve(model, x, plan.sigmas, cond, disable=True, orders=plan.orders, history=history)
+    ways = {"orders": plan.orders, "history": history, "weights": plan.weights}
+    return solve(model, x, plan.sigmas, cond, disable=True, **ways)
 
 
 def rmse(a, b):
