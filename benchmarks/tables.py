@@ -1,7 +1,7 @@
 """Write the README's result tables from the committed JSON, so that no figure is typed by hand.
 
-    python benchmarks/tables.py            # rewrite the part of README.md between the RESULTS marks
-    python benchmarks/tables.py --check    # exit 1 if it differs
+python benchmarks/tables.py            # rewrite the part of README.md between the RESULTS marks
+python benchmarks/tables.py --check    # exit 1 if it differs
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def calibrate(
         data: pictures in the form `fit_prior` takes.
         num_classes: sample with ``class_cond`` running through the classes; 0: unconditionally.
         features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions.
-        samples: seeds used (default 48 for fidelity, 384 for quality).
+        samples: seeds used (default 48 for fidelity; 384 for quality, half of them beyond 4 evaluations).
 
     Raises:
         ValueError: unknown objective, no data for quality, a budget below 1, a denoiser that gives NaN.
@@ -67,7 +67,9 @@ def calibrate(
         raise ValueError(f"budgets {budgets}: give one or more numbers of evaluations, each at least 1")
     if objective == "quality" and data is None:
         raise ValueError("objective 'quality' compares with pictures: give data=; 'fidelity' needs none")
-    samples = samples or (48 if objective == "fidelity" else 384)
+    samples = (48 if objective == "fidelity" else 384) if samples is None else samples
+    if samples < 2:
+        raise ValueError(f"samples={samples}: calibration compares runs from several seeds, give 2 or more")
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
     z = torch.randn(samples, *prior.shape, generator=generator).to(device)
@@ -136,6 +138,7 @@ def _fidelity(job: _Job, budgets: list[int]) -> dict[int, Plan]:
     stand_in = StandIn(trajectories, prior)
     std = float(trajectories.final.std())
     cuts = [std * r for r in (1.5, 2, 2.8, 4, 5.6, 8, 11, 16, 23, 32, 45) if std * r < 0.7 * prior.sigma_max]
+    cuts = cuts or [0.5 * prior.sigma_max]  # data about as wide as the whole noise range
     starts = {}
     for cut in tqdm(cuts, desc="prior", disable=not job.progress, leave=False):
         x, history = job.start(cut, [h * cut for h in HISTORY])

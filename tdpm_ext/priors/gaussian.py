@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from tdpm_ext.priors.closed_form import ClosedFormPrior, gaussian_tensors
-from tdpm_ext.priors.moments import MAX_FULL as MAX_FULL  # where kinds that build on this one look for it
 from tdpm_ext.priors.moments import Batches, Moments, full_moments
 from tdpm_ext.priors.registry import register_prior
 

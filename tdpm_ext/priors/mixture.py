@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from tdpm_ext.priors import em
 from tdpm_ext.priors.closed_form import ClosedFormPrior, gaussian_tensors
-from tdpm_ext.priors.gaussian import MAX_FULL, default_sigma_trunc, unshrink
+from tdpm_ext.priors.gaussian import default_sigma_trunc, unshrink
 from tdpm_ext.priors.lowrank import DEFAULT_RANK
-from tdpm_ext.priors.moments import Batches, full_moments, sketch_moments
+from tdpm_ext.priors.moments import MAX_FULL, Batches, full_moments, sketch_moments
 from tdpm_ext.priors.registry import register_prior
 
 MIXTURE_AXES = 96  # principal axes in which components differ
