@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from tdpm_ext.pictures import Pictures
-from tdpm_ext.priors.moments import BATCH, Batches, full_moments, sketch_moments
+from tdpm_ext.priors.moments import BATCH, Batches, full_moments, one_thread, sketch_moments
 
 
 def quiet(data, labels=None):
@@ -278,3 +278,15 @@ def test_a_loader_that_gives_something_else_is_told_what_to_give(item):
 def test_an_array_is_told_to_become_a_tensor():
     with pytest.raises(ValueError, match="tensor"):
         list(quiet(np.zeros((4, 1, 2, 2), dtype=np.float32)))
+
+
+def test_one_thread_holds_inside_and_is_undone_even_by_an_error():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

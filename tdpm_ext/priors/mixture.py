@@ -12,7 +12,7 @@ from tdpm_ext.priors import em
 from tdpm_ext.priors.closed_form import ClosedFormPrior, gaussian_tensors
 from tdpm_ext.priors.gaussian import default_sigma_trunc, unshrink
 from tdpm_ext.priors.lowrank import DEFAULT_RANK
-from tdpm_ext.priors.moments import MAX_FULL, Batches, full_moments, sketch_moments
+from tdpm_ext.priors.moments import MAX_FULL, Batches, full_moments, one_thread, sketch_moments
 from tdpm_ext.priors.registry import register_prior
 
 MIXTURE_AXES = 96  # principal axes in which components differ
@@ -63,8 +63,9 @@ class MixturePrior(ClosedFormPrior):
         moments = full_moments(batches) if full else sketch_moments(batches, rank or DEFAULT_RANK, seed)
         q = min(axes, len(moments.variances))
         data = _project(batches, moments, q, seed)
-        log_weights, means, covariances, classes = _choose(data, components, moments.std, seed, batches.progress)
-        spreads, rotations = torch.linalg.eigh(covariances)
+        with one_thread():
+            log_weights, means, covariances, classes = _choose(data, components, moments.std, seed, batches.progress)
+            spreads, rotations = torch.linalg.eigh(covariances)
         tensors = gaussian_tensors(moments.mean, moments.basis, unshrink(moments.variances, denoised_at))
         tensors |= {
             "log_weights": log_weights.float(),

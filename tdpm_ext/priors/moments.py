@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from tdpm_ext.pictures import Pictures, load_pictures, to_unit
 
 BATCH = 1024
+SMALL = 1024  # entries of a picture up to which its moments are small linear algebra
 MAX_FULL = 4096  # entries of a picture up to which a full covariance is taken
 
 
@@ -95,6 +97,17 @@ class Batches:
             yield item[0] if pair else item, item[1] if pair and len(item) > 1 else None
 
 
+@contextmanager
+def one_thread():
+    """Run small linear algebra on one thread: on a busy machine two threads that wait for each other take 20x longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Sums:
     """Running mean and norm about the first batch's mean: no cancellation when the mean is far from zero."""
 
@@ -129,7 +142,8 @@ def full_moments(batches: Batches) -> Moments:
         outer = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64) if outer is None else outer
         outer.addmm_(flat.T, flat)
     covariance = outer.div_(sums.count).sub_(torch.outer(sums.offset, sums.offset))
-    values, vectors = torch.linalg.eigh(covariance)
+    with one_thread() if len(covariance) <= SMALL else nullcontext():
+        values, vectors = torch.linalg.eigh(covariance)
     mean = sums.shift + sums.offset
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     return Moments(mean, vectors, values, 0.0, sums.count, sums.digest.hexdigest(), sums.shape)
