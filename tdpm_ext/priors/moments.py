@@ -99,7 +99,7 @@ class Batches:
 
 @contextmanager
 def one_thread():
-    """Run small linear algebra on one thread: on a busy machine two threads that wait for each other take 20x longer."""
+    """Run small linear algebra on one thread: on a busy machine, two that wait for each other take 20x longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
