@@ -131,6 +131,12 @@ def first_pictures(arms: list[Arm], prior_path: Path, args: argparse.Namespace) 
     return rows
 
 
+def shown(path: Path) -> str:
+    """A path as a report shows it: from the repository's root where it lies below it."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def load_setup(args: argparse.Namespace) -> Setup:
     """Open the checkpoint and the prior; without ``--prior``, fit a Gaussian one and calibrate it."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -215,7 +221,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def new_report(args: argparse.Namespace, device: torch.device) -> dict:
     env = timing.environment(device)
     unit = f"CPU figures: {env['name']}, {env['threads']} thread(s)" if device.type == "cpu" else f"GPU: {env['name']}"
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("first", "json")}
+    told = {k: v for k, v in vars(args).items() if k not in ("first", "json")}
+    settings = {k: shown(v) if isinstance(v, Path) else v for k, v in told.items()}
     report = {"schema": timing.SCHEMA_NAME, "label": f"{unit}; torch {env['torch']}", "environment": env}
     report |= {"mode": "overhead" if args.overhead else "latency", "settings": settings, "agreed": True}
     return report | {name: [] for name in ("checks", "arms", "first_picture", "speedups", "overhead")}
