@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+# At the end, so that the folder `kernels` hides no installed package: the tests import `benchmarks` from here.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 NO_GPU = "needs a CUDA GPU, and there is none here"
 

@@ -125,8 +125,8 @@ def test_the_gate_names_what_disagrees(setup, model, broken):
 
 
 def test_the_gate_refuses_a_prior_that_loses_the_picture_of_the_seed(setup):
-    honest = setup.prior.transport
-    setup.prior.transport = lambda x, *levels, **cond: honest(x.roll(1, -1), *levels, **cond)
+    honest = setup.prior.start
+    setup.prior.start = lambda z, *levels, **cond: honest(z.roll(1, -1), *levels, **cond)
     failed = [c["check"] for c in arms.check_outputs(ARMS, setup, 6, seed=0)[0] if not c["ok"]]
     assert "rmse to the reference against dpmpp_2m@3" in failed
 
