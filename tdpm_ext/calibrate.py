@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
-from tdpm_ext.reference import StandIn, Trajectories, run_batched
+from tdpm_ext.reference import StandIn, Trajectories, rows_of, run_batched
 from tdpm_ext.schedule import karras
 from tdpm_ext.solver import device_of, solve, step_weights
 
@@ -96,7 +96,7 @@ class _Job:
 
     def part(self, count: int) -> _Job:
         """The same job for the first ``count`` seeds."""
-        extra = {k: v[:count] if isinstance(v, torch.Tensor) else v for k, v in self.extra.items()}
+        extra = rows_of(self.extra, slice(count), len(self.z))
         return _Job(self.prior, self.model, self.z[:count], extra, self.sigma_min, self.batch, self.progress)
 
     def start(self, sigma_trunc: float, history: Sequence[float]):
@@ -136,7 +136,7 @@ def _fidelity(job: _Job, budgets: list[int]) -> dict[int, Plan]:
         job.model, job.z, prior.sigma_max, job.sigma_min, job.extra, batch=job.batch, progress=job.progress
     )
     stand_in = StandIn(trajectories, prior)
-    std = float(trajectories.final.std())
+    std = max(float(trajectories.final.std()), job.sigma_min)  # pictures that are all alike still need a cut
     cuts = [std * r for r in (1.5, 2, 2.8, 4, 5.6, 8, 11, 16, 23, 32, 45) if std * r < 0.7 * prior.sigma_max]
     cuts = cuts or [0.5 * prior.sigma_max]  # data about as wide as the whole noise range
     starts = {}
@@ -235,9 +235,10 @@ def _fit_weights(job: _Job, trajectories: Trajectories, plan: Plan) -> tuple[Pla
             newest = denoised[fit].double().flatten()
             away = torch.stack([d[fit].double().flatten() - newest for d in past], 1)
             want = ((target[fit].double() - (there / here) * x[fit].double()) / share).flatten() - newest
-            normal = away.T @ away
-            ridge = RIDGE * normal.trace() / len(normal) * torch.eye(len(normal), dtype=torch.float64)
-            fitted = torch.linalg.solve(normal + ridge + 1e-12 * ridge.new_ones(1), away.T @ want + ridge @ usual)
+            normal, moments = (away.T @ away).cpu(), (away.T @ want).cpu()
+            # Never zero, so that estimates that do not differ at all leave the usual weights.
+            ridge = (RIDGE * normal.trace() / len(normal) + 1e-12) * torch.eye(len(normal), dtype=torch.float64)
+            fitted = torch.linalg.solve(normal + ridge, moments + ridge @ usual)
             row = [1.0 - float(fitted.sum()), *fitted.tolist()]
         x = (there / here) * x + share * sum(w * d for w, d in zip(row, [denoised, *past], strict=False))
         past = [denoised, *past[:1]]
@@ -261,7 +262,7 @@ def _scaled(plan: Plan, factor: float, keep: int) -> Plan | None:
 
 def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[int, Plan]:
     """A line search over the cut, then over the last sigma, started from the neighbouring budget's best."""
-    std = distance.std
+    std = max(distance.std, job.sigma_min)
     plans: dict[int, Plan] = {}
     point = None
     for budget in tqdm(budgets, desc="calibrating quality", disable=not job.progress):

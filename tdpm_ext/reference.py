@@ -21,13 +21,18 @@ STEPS = 60
 RHO = 7.0
 
 
+def rows_of(extra: dict, rows: slice, total: int) -> dict:
+    """Arguments for some rows of a batch of ``total``: tensors with one entry per row are sliced, the rest stays."""
+    return {n: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (total,) else v for n, v in extra.items()}
+
+
 @torch.no_grad()
 def run_batched(model, x: torch.Tensor, sigmas, extra: dict, batch: int, callback=None, **options) -> torch.Tensor:
     """`solve` in slices of ``batch`` rows; tensors in ``extra`` with one entry per row are sliced alike."""
     out = []
     for k in range(0, len(x), batch):
         rows = slice(k, k + batch)
-        mine = {n: v[rows] if isinstance(v, torch.Tensor) and len(v) == len(x) else v for n, v in extra.items()}
+        mine = rows_of(extra, rows, len(x))
         history = [(s, d[rows]) for s, d in options.get("history", ())]
         out.append(solve(model, x[rows], sigmas, mine, callback, True, **{**options, "history": history}))
     return torch.cat(out)
@@ -50,7 +55,7 @@ class Trajectories:
                     bar.update()
 
                 rows = z[k : k + batch]
-                mine = {n: v[k : k + batch] if isinstance(v, torch.Tensor) else v for n, v in extra.items()}
+                mine = rows_of(extra, slice(k, k + batch), len(z))
                 finals.append(solve(model, rows * sigma_max, sigmas, mine, keep, True))
                 states.append(torch.stack(xs))
                 denoised.append(torch.stack(ds))

@@ -104,3 +104,14 @@ def test_calibrated_weights_bring_fresh_seeds_nearer_their_long_run():
         mixed = solve(model, x, plan.sigmas, weights=plan.weights, orders=plan.orders, **way)
         plain = solve(model, x, plan.sigmas, orders=plan.orders, **way)
         assert rmse(mixed, reference) < rmse(plain, reference)
+
+
+def test_calibration_stands_estimates_that_never_differ_and_arguments_that_are_no_rows():
+    def constant(x, sigma, shift):
+        return torch.zeros_like(x) + shift
+
+    data = torch.zeros(20, 1, 4, 4)
+    prior = tdpm.fit_prior("gaussian", data, progress=False)
+    extra = {"shift": torch.tensor(0.0)}
+    tdpm.calibrate(prior, constant, budgets=(2, 3), samples=4, extra_args=extra, progress=False)
+    assert all(plan.error < 1e-6 for plan in prior.plans["fidelity"].values())
