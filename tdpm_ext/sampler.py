@@ -120,7 +120,7 @@ def sample_tdpm(
     if verdict.use_prior:
         way = route.truncated(levels, plan, schedule, budget - prior.prior_nfe, inner, noise_sampler)
         z = unit_noise(model, x, levels[0].item(), extra_args, generator)
-        x, history = _start(prior, z, way, extra_args)
+        x, history = start_from(prior, z, way, extra_args)
         log.info("tdpm: prior used, sigma_trunc=%.4g, %d calls%s", cut_at, way.calls + prior.prior_nfe, way.note)
     else:
         way = route.ordinary(levels, steps, inner)
@@ -192,13 +192,13 @@ def sample(
             for name, value in extra_args.items()
         }
         z = seeded_noise(prior.shape, seeds[span]).to(device)
-        x, history = _start(prior, z, way, own_args)
+        x, history = start_from(prior, z, way, own_args)
         steps_of = {"orders": way.orders, "history": history, "weights": way.weights}
         done.append(solve(model, x, way.sigmas, own_args, None, True, **steps_of))
     return torch.cat(done)
 
 
-def _start(prior, z, way: route.Route, extra_args: dict):
+def start_from(prior, z, way: route.Route, extra_args: dict):
     """(x at sigma_trunc, history for ``solve``): what the prior knows of z without a call of the model."""
     cond = {}
     if isinstance(extra_args.get("class_cond"), torch.Tensor):

@@ -91,7 +91,7 @@ def expand_orders(orders: int | Sequence[int], steps: int) -> list[int]:
 
 
 @lru_cache
-def _all_weights(values: tuple, orders: tuple[int, ...], known: tuple, fitted: tuple) -> list[list[float]]:
+def all_weights(values: tuple, orders: tuple[int, ...], known: tuple, fitted: tuple) -> list[list[float]]:
     """Weights of every step; a schedule is used again and again, so they are kept."""
     rows = []
     for i, order in enumerate(orders):
@@ -152,7 +152,7 @@ def solve(
     extra_args = extra_args or {}
     past = [d for _, d in history][:2]
     fitted = tuple(tuple(row) for row in weights)
-    rows = _all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2], fitted)
+    rows = all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2], fitted)
     levels = torch.tensor(values, dtype=torch.float32).to(x.device)
     ones = x.new_ones([x.shape[0]])
     for i in range(steps) if disable else trange(steps, disable=disable):
