@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .aot_compile import MissingCompiler, cache_key, default_cache, measure, triton_version
-from .aot_rules import CARDS, KEPT, broken_rules, regressions
-from .variant import Variant
+from tdpm_ext.kernels.aot_compile import MissingCompiler, cache_key, default_cache, measure, triton_version
+from tdpm_ext.kernels.aot_rules import CARDS, KEPT, broken_rules, regressions
+from tdpm_ext.kernels.variant import Variant
 
 MODULES = tuple(f"{__package__}.{name}" for name in ("triton_norm", "triton_attn", "triton_step"))
 BASELINE = Path(__file__).with_name("aot_baseline.json")
@@ -108,7 +108,7 @@ def run(
     Returns:
         {"triton", "seconds", "compiled" (how many were not cached), "results": {"sm_90": {name: measurement}}}.
     """
-    started = time.monotonic()
+    started, version = time.monotonic(), triton_version()
     found = {cc: collect(cc, modules) for cc in archs}
     with open_cache(cache or default_cache()) as known:
         tasks = []
@@ -124,7 +124,7 @@ def run(
         for cc, variants in found.items()
     }
     return {
-        "triton": triton_version(),
+        "triton": version,
         "seconds": round(time.monotonic() - started, 1),
         "compiled": len(fresh),
         "results": results,

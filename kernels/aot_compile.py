@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .aot_rules import occupancy
-from .variant import Variant
+from tdpm_ext.kernels.aot_rules import occupancy
+from tdpm_ext.kernels.variant import Variant
 
 MEASURE_VERSION = 1  # part of every cache key: raise it when `measure` learns or forgets something
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: Triton 3.10 turns its default off
@@ -26,7 +26,7 @@ COPY_ENGINE = re.compile(r"^(UTMALDG|UBLKCP)\b")
 WIDE = re.compile(r"\.(128|256)\b")
 SPILL = re.compile(r"^(LDL|STL)\b")
 TENSOR_CORE = re.compile(r"^(H|I|Q|O|HG|IG|QG|UTCH|UTCI|UTCQ|UTCO)MMA\b")
-DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|\.F64\b|\b64H\b|\.64H\b")
+DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|\.F64\b|64H\b")
 MNEMONIC = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
