@@ -10,6 +10,8 @@ ImageNet network sees residual noise. Distances in these features are named afte
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -153,6 +155,45 @@ def extract(net: nn.Module, images: torch.Tensor, batch: int = 250, progress: st
             part = images[start : start + batch].to(parameter.device, parameter.dtype)
             parts.append(net(part).float().cpu())
     return torch.cat(parts).numpy() if parts else np.empty((0, net.dim), np.float32)
+
+
+def fingerprint(net: nn.Module) -> str:
+    """SHA-256 of what decides a network's features: its kind, its weights, the size pictures are resized to."""
+    digest = hashlib.sha256(f"{type(net).__name__} size={getattr(net, 'size', None)}".encode())
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached_features(net: nn.Module, images: torch.Tensor, folder: str | Path | None, batch: int = 250) -> np.ndarray:
+    """Features of uint8 ``images`` [N, C, H, W], kept in ``folder`` under a key of pictures, weights and resize.
+
+    A file that is damaged, or that was written under another key, is made again. ``folder=None`` keeps nothing.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"cached_features takes uint8 pictures as stored, not {images.dtype}")
+    unit = images.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
+    if folder is None:
+        return extract(net, unit, batch)
+    key = hashlib.sha256(f"{fingerprint(net)} {tuple(images.shape)}".encode())
+    key.update(images.contiguous().numpy().tobytes())
+    path = Path(folder) / f"features-{key.hexdigest()[:32]}.npy"
+    if path.exists():
+        try:
+            kept = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            kept = None  # cut short by an interruption: made again
+        if kept is not None and kept.shape == (len(images), net.dim):
+            return kept
+    features = extract(net, unit, batch)
+    buffer = io.BytesIO()
+    np.save(buffer, features)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, path)
+    return features
 
 
 def accuracy(net: FeatureNet, features: np.ndarray, labels: torch.Tensor) -> float:

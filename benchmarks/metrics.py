@@ -195,3 +195,83 @@ def nearest_distance(samples, references) -> np.ndarray:
         # the expanded square decides which is nearest; its distance is then taken without cancellation
         nearest[part] = np.linalg.norm(samples[part] - references[square.argmin(1)], axis=1)
     return nearest
+
+
+class Paired(NamedTuple):
+    """How far two runs from the same seeds are apart: ``rmse`` over all values; ``psnr`` in dB, the mean over the
+    pictures; ``features``, the rms difference of standardised features (0 for the same pictures, sqrt(2) for unrelated
+    ones of the reference's distribution)."""
+
+    rmse: float
+    psnr: float
+    features: float
+
+
+PSNR_CAP = 100.0  # dB: equal pictures would have infinitely many, and a report holds finite numbers
+
+
+def psnr(a, b, peak: float = 2.0) -> np.ndarray:
+    """Peak signal-to-noise ratio of each picture [N] in dB, at most ``PSNR_CAP``.
+
+    Args:
+        a, b: [N, ...] of one shape. peak: the range of the values; 2 for pictures in [-1, 1], 255 for bytes.
+    """
+    a, b = (np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (a, b))
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"psnr needs two non-empty sets of one shape, not {a.shape} and {b.shape}")
+    squares = ((a - b) ** 2).mean(1)
+    return 10 * np.log10(peak**2 / np.maximum(squares, peak**2 * 10 ** (-PSNR_CAP / 10)))
+
+
+def paired(a, b, feats_a, feats_b) -> Paired:
+    """Fidelity of pictures ``a`` to ``b`` [N, ...] in [-1, 1], with their standardised features [N, D]."""
+    features = float(np.sqrt(np.mean(np.subtract(*_pair(feats_a, feats_b, 1)) ** 2)))
+    return Paired(paired_rmse(a, b), float(psnr(a, b).mean()), features)
+
+
+class Memorisation(NamedTuple):
+    """Median distance to the nearest fitted picture, of samples and of held-out pictures, their ``ratio`` (1: no
+    copying), and ``copies``: the share of samples nearer than all but one in a hundred of the held-out pictures."""
+
+    samples: float
+    held_out: float
+    ratio: float
+    copies: float
+
+
+def memorisation(samples, held_out, fitted) -> Memorisation:
+    """Whether ``samples`` lie nearer to the pictures used in fitting than pictures that were held out do.
+
+    Args:
+        samples, held_out, fitted: pictures [N, ...] of one shape; Euclidean distances over all values.
+    """
+    ours, theirs = nearest_distance(samples, fitted), nearest_distance(held_out, fitted)
+    copies = float((ours < np.quantile(theirs, 0.01)).mean())
+    if np.median(theirs) == 0:
+        raise ValueError("most held-out pictures are among the fitted ones: give pictures that were not fitted")
+    middle = float(np.median(ours)), float(np.median(theirs))
+    return Memorisation(*middle, middle[0] / middle[1], copies)
+
+
+def over_blocks(values) -> Estimate:
+    """Mean and standard deviation (NaN for one) of one figure over disjoint blocks of seeds."""
+    values = np.asarray(list(values), dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"over_blocks needs finite values, one per block, not {values.tolist()}")
+    return Estimate(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
+
+
+def compare(a: Estimate, b: Estimate) -> int:
+    """-1 if ``a`` is lower than ``b`` by more than the noise, 1 if higher, 0 for a tie.
+
+    Args:
+        a, b: means over disjoint blocks of seeds, with their standard deviations.
+
+    The noise is two standard deviations of one block's difference, 2 sqrt(sd_a^2 + sd_b^2): with three blocks each
+    deviation is itself known to a factor of about two only, which the smaller error of the mean is left to cover.
+    """
+    if not (np.isfinite(a.error) and np.isfinite(b.error)):
+        raise ValueError("one block of seeds has no standard deviation: compare means over two or more")
+    if abs(a.value - b.value) <= 2 * float(np.hypot(a.error, b.error)):
+        return 0
+    return -1 if a.value < b.value else 1
