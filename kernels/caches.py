@@ -1,0 +1,200 @@
+"""What a few-step sampler computes again and again: projections of the noise level, keys and values of the prompt.
+
+A schedule of four steps asks for four noise levels, picture after picture. Everything a network derives from the
+level (and the class) alone is kept here, a row for each; what it derives from the prompt alone is kept for the last
+prompt. Both are dropped as soon as a weight that they came from has changed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+MAX_ROWS = 4096  # a row is as long as all projections together: 40 kB for a CIFAR-sized network
+PROBES = 64  # values looked at per weight, besides its version
+
+
+class Fingerprint:
+    """Tells whether any weight of some modules has changed since it was last asked.
+
+    A change is seen through the parameter's identity, its storage and its version counter. Edits through ``.data``
+    bypass the counter: on the CPU a sample of the values is compared as well, on a GPU that would cost a transfer for
+    every call, so there only what torch counts is seen (``Handle.refresh`` drops everything by hand).
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._modules = tuple(modules)
+        self._seen: tuple = ()
+        self._probes: dict[int, tuple] = {}
+
+    def changed(self) -> bool:
+        """True once after every change, and at the first call."""
+        now = tuple(self._state_of(m) for m in self._modules)
+        if now == self._seen:
+            return False
+        self._seen = now
+        return True
+
+    def forget(self) -> None:
+        """Report a change at the next call, whatever has happened."""
+        self._seen = ()
+
+    def _state_of(self, module: nn.Module) -> tuple:
+        held = module._parameters
+        return tuple([self._of_parameter(p) for p in held.values() if p is not None])
+
+    def _of_parameter(self, p: Tensor) -> tuple:
+        pointer = p.data_ptr()
+        # tensors made in inference mode keep no version; nothing may edit them outside of it either
+        version = -1 if p.is_inference() else p._version
+        return id(p), pointer, version, self._sample(p, pointer)
+
+    def _sample(self, p: Tensor, pointer: int) -> bytes:
+        if p.device.type != "cpu" or not p.numel():
+            return b""
+        known = self._probes.get(id(p))
+        if known is None or known[0] != pointer or known[1] != p.shape:
+            # in memory order, so that this is a view; bytes, since numpy knows no bfloat16
+            flat = p.detach().as_strided((p.numel(),), (1,)) if _dense(p) else p.detach().reshape(-1)
+            step = max(1, flat.numel() // PROBES)
+            known = (pointer, p.shape, flat.view(_INTEGERS[p.element_size()]).numpy()[::step])
+            self._probes[id(p)] = known
+        return known[2].tobytes()
+
+    def __deepcopy__(self, memo):
+        from copy import deepcopy
+
+        return Fingerprint(deepcopy(self._modules, memo))
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _dense(p: Tensor) -> bool:
+    """Whether the elements fill their storage without gaps, in some order."""
+    return torch.ops.aten.is_non_overlapping_and_dense(p)
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether somebody listens to one of these modules, which a fused path would leave out."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules) or bool(
+        nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    )
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether x is part of a graph in the making: what is remembered now would stay in that graph for ever."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def remembered(cache: PromptCache | None, prompt: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, through the cache if there is one."""
+    return compute() if cache is None else cache.get(prompt, compute)
+
+
+class RowCache:
+    """One row of derived values for each distinct row of inputs, kept until a weight changes.
+
+    ``get(inputs, compute)`` takes tensors [B, ...] and a function that makes [n, width] from n of their rows.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.weights = Fingerprint(modules)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows."""
+        self._index: dict[bytes, int] = {}
+        self._table: Tensor | None = None
+
+    def get(self, inputs: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
+        """[B, width]: known rows looked up, the others computed. On a GPU this waits for ``inputs``."""
+        if self.weights.changed():
+            self.clear()
+        keys = row_keys(inputs)
+        missing = [i for i, key in enumerate(keys) if key not in self._index]
+        if missing:
+            self._add(keys, missing, inputs, compute)
+        rows = [self._index[key] for key in keys]
+        if all(row == rows[0] for row in rows):
+            return self._table[rows[0]].expand(len(rows), -1)
+        return self._table.index_select(0, torch.tensor(rows, device=self._table.device))
+
+    def _add(self, keys: list[bytes], missing: list[int], inputs: Sequence[Tensor], compute) -> None:
+        if len(self._index) + len(missing) > MAX_ROWS:
+            self.clear()
+            missing = list(range(len(keys)))
+        fresh = {keys[i]: i for i in missing}  # one for each distinct key
+        where = torch.tensor(list(fresh.values()), device=inputs[0].device)
+        values = compute(*(t.index_select(0, where) for t in inputs)).detach()
+        start = 0 if self._table is None else len(self._table)
+        self._table = values if self._table is None else torch.cat([self._table, values])
+        self._index.update({key: start + i for i, key in enumerate(fresh)})
+
+    def __deepcopy__(self, memo):
+        from copy import deepcopy
+
+        copy = RowCache(())
+        copy.weights = deepcopy(self.weights, memo)
+        return copy
+
+
+def row_keys(inputs: Sequence[Tensor]) -> list[bytes]:
+    """The bits of each row of the tensors [B, ...], as one key."""
+    flat = [t.detach().reshape(len(t), -1).contiguous().view(torch.uint8) for t in inputs]
+    together = (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).cpu().numpy()
+    return [row.tobytes() for row in together]
+
+
+class LastPrompt:
+    """Recognises the prompt of the last call, so that what was derived from it can be used again."""
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._seen: tuple = ()
+        self.number = 0  # counts different prompts
+
+    def number_of(self, prompt: Tensor) -> int:
+        """A number that stays while the prompt does. The same tensor is known at once, an equal one by its values."""
+        version = -1 if prompt.is_inference() else prompt._version
+        if self._seen and self._seen[0]() is prompt and self._seen[1] == version:
+            return self.number
+        last = self._last
+        same = last is not None and last.shape == prompt.shape and last.dtype == prompt.dtype
+        if not (same and last.device == prompt.device and torch.equal(last, prompt)):
+            self._last = prompt.detach().clone()  # the caller may overwrite its own
+            self.number += 1
+        self._seen = (weakref.ref(prompt), version)
+        return self.number
+
+    def __deepcopy__(self, memo):
+        return LastPrompt()
+
+
+class PromptCache:
+    """What one module derives from the prompt, kept while prompt and weights stay."""
+
+    def __init__(self, prompt: LastPrompt, modules: Sequence[nn.Module]):
+        self._prompt, self.weights = prompt, Fingerprint(modules)
+        self._number, self._value = -1, None
+
+    def get(self, prompt: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, or what it gave last time."""
+        number = self._prompt.number_of(prompt)
+        if self.weights.changed() or number != self._number:
+            self._value, self._number = compute().detach(), number
+        return self._value
+
+    def clear(self) -> None:
+        """Drop the value."""
+        self._number, self._value = -1, None
+
+    def __deepcopy__(self, memo):
+        from copy import deepcopy
+
+        copy = PromptCache(deepcopy(self._prompt, memo), ())
+        copy.weights = deepcopy(self.weights, memo)
+        return copy

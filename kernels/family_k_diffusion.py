@@ -1,0 +1,254 @@
+"""k-diffusion's ``image_v1`` U-Net: what is fused, cached or computed in another way, and stays equal."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdpm_ext.kernels.caches import LastPrompt, PromptCache, RowCache, capturing, hooked, remembered
+from tdpm_ext.kernels.family import Family, Rule, add_into, channels_last, may_run, norm_act, ordinary
+
+# In k-diffusion's dict of conditions, under this name: [B, width], what every AdaGN would compute from the mapping
+# network's output, each at its own `_tdpm_slot`.
+TABLE = "_tdpm_table"
+
+
+def _scale_shift(module: nn.Module, cond: dict) -> tuple[Tensor, Tensor]:
+    """An AdaGN's own scale and shift [B, C], from the table or from its mapper."""
+    table, slot = cond.get(TABLE), getattr(module, "_tdpm_slot", None)
+    if table is None or slot is None:
+        return module.mapper(cond[module.cond_key]).chunk(2, dim=-1)
+    start, channels = slot
+    return table[:, start : start + channels], table[:, start + channels : start + 2 * channels]
+
+
+def _ada_gn(module: nn.Module, x: Tensor, cond: dict, act: str | None) -> Tensor:
+    scale, shift = (rows.to(x.dtype) for rows in _scale_shift(module, cond))
+    return norm_act(x, module.num_groups, eps=module.eps, scale=scale, shift=shift, act=act)
+
+
+def ada_gn(self, input, cond):
+    """``AdaGN``: norm, scale and shift in one."""
+    if not may_run(input):
+        return ordinary(self, input, cond)
+    return _ada_gn(self, input, cond, None)
+
+
+def residual_block(self, input, cond):
+    """``ResConvBlock``: AdaGN and GELU in one, dropout of inference left out, the sum in place."""
+    stages = _stages(self.main)
+    if stages is None or not may_run(input, *(m for norm, act, _, drop in stages for m in (norm, act, drop))):
+        return ordinary(self, input, cond)
+    h = input
+    for norm, _, conv, _ in stages:
+        h = conv(_ada_gn(norm, h, cond, "gelu"))
+    return add_into(h, self.skip(input))
+
+
+def _stages(main: nn.Sequential) -> list[tuple[nn.Module, ...]] | None:
+    """[(AdaGN, GELU, convolution, dropout), ...], or None where the block is built otherwise."""
+    parts = list(main)
+    stages = [tuple(parts[i : i + 4]) for i in range(0, len(parts), 4)]
+    for stage in stages:
+        if len(stage) != 4 or not hasattr(stage[0], "_tdpm_slot") or not isinstance(stage[1], nn.GELU):
+            return None  # only norms that are patched themselves: a subclass may do something else
+        idle = isinstance(stage[3], nn.modules.dropout._DropoutNd) and (not stage[3].training or stage[3].p == 0)
+        if not idle or stage[1].approximate != "none":
+            return None
+    return stages
+
+
+def self_attention(self, input, cond):
+    """``SelfAttention2d``: q, k and v as views of one channels_last tensor, which every fused kernel can read."""
+    if not may_run(input):
+        return ordinary(self, input, cond)
+    n, c, h, w = input.shape
+    qkv = channels_last(self.qkv_proj(self.norm_in(input, cond))).permute(0, 2, 3, 1)
+    q, k, v = qkv.reshape(n, h * w, 3, self.n_head, c // self.n_head).permute(2, 0, 3, 1, 4)
+    y = _attention(q, k, v, None, self.dropout.p)
+    return add_into(self.out_proj(_picture(y, h, w)), input)
+
+
+def cross_attention(self, input, cond):
+    """``CrossAttention2d``: keys, values and mask once for each prompt; no mask where nothing is padded."""
+    if not may_run(input):
+        return ordinary(self, input, cond)
+    n, c, h, w = input.shape
+    q = channels_last(self.q_proj(self.norm_dec(input, cond))).permute(0, 2, 3, 1)
+    q = q.reshape(n, h * w, self.n_head, c // self.n_head).transpose(1, 2)
+    cross, padding = cond[self.cond_key], cond[self.cond_key_padding]
+    bypass = capturing(input) or hooked(self.norm_enc, self.kv_proj)
+    kv, mask = (None, None) if bypass else self._tdpm_prompt
+    kv = remembered(kv, cross, lambda: self.kv_proj(self.norm_enc(cross)))
+    k, v = kv.view(n, -1, self.n_head * 2, c // self.n_head).transpose(1, 2).chunk(2, dim=1)
+    if mask is None:
+        bias = padding[:, None, None, :] * -10000
+    else:  # empty where nothing is padded: without a mask the fused kernels take part
+        bias = mask.get(padding, lambda: padding[:, None, None, :] * -10000 if padding.any() else padding.new_empty(0))
+    y = _attention(q, k, v, bias if bias.numel() else None, self.dropout.p)
+    return add_into(self.out_proj(_picture(y, h, w)), input)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """[B, heads, L, D]. k-diffusion hands its dropout to attention in evaluation mode too, and so does this."""
+    if dropout or q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
+    from tdpm_ext.kernels.ops import attention
+
+    return attention(q, k, v, mask=mask)
+
+
+def _picture(y: Tensor, h: int, w: int) -> Tensor:
+    """[B, heads, H * W, D] -> [B, heads * D, H, W] in channels_last."""
+    n, heads, _, d = y.shape
+    return y.transpose(1, 2).reshape(n, h, w, heads * d).permute(0, 3, 1, 2)
+
+
+LINEAR = [0.125, 0.375, 0.375, 0.125]  # taps of k-diffusion's default resampling kernel
+
+
+def downsample(self, x):
+    """``Downsample2d``: each channel by itself; the library convolves all channels with all others, times zero."""
+    if not may_run(x):
+        return ordinary(self, x)
+    x = F.pad(x, (self.pad,) * 4, self.pad_mode)
+    if x.device.type == "cpu" and _is_linear(self, LINEAR):
+        rows = _four_taps(x[:, :, :-3:2], x[:, :, 1:-2:2], x[:, :, 2:-1:2], x[:, :, 3::2])
+        return _four_taps(rows[..., :-3:2], rows[..., 1:-2:2], rows[..., 2:-1:2], rows[..., 3::2])
+    return F.conv2d(x, _per_channel(self, x), stride=2, groups=x.shape[1])
+
+
+def _four_taps(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    return (b + c).mul_(LINEAR[1]).add_(a, alpha=LINEAR[0]).add_(d, alpha=LINEAR[0])
+
+
+def upsample(self, x):
+    """``Upsample2d``: each channel by itself."""
+    if not may_run(x):
+        return ordinary(self, x)
+    x = F.pad(x, ((self.pad + 1) // 2,) * 4, self.pad_mode)
+    if x.device.type == "cpu" and _is_linear(self, [2 * tap for tap in LINEAR]):
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[:, :, 2:-2, 2:-2]
+    weight = _per_channel(self, x)
+    return F.conv_transpose2d(x, weight, stride=2, padding=self.pad * 2 + 1, groups=x.shape[1])
+
+
+def _is_linear(module: nn.Module, taps: list[float]) -> bool:
+    """Whether the kernel is k-diffusion's default one, which torch's own kernels do several times faster on a CPU."""
+    return not torch.compiler.is_compiling() and module.kernel.tolist() == [[a * b for b in taps] for a in taps]
+
+
+def _per_channel(module: nn.Module, x: Tensor) -> Tensor:
+    """The resampling kernel for each channel, [C, 1, k, k]."""
+    return module.kernel.to(x).expand(x.shape[1], 1, -1, -1)
+
+
+def image_v1(
+    self,
+    input,
+    sigma,
+    mapping_cond=None,
+    unet_cond=None,
+    cross_cond=None,
+    cross_cond_padding=None,
+    return_variance=False,
+):
+    """``ImageDenoiserModelV1``: channels_last throughout, all projections of sigma and class looked up at once."""
+    if not may_run(input):
+        return ordinary(self, input, sigma, mapping_cond, unet_cond, cross_cond, cross_cond_padding, return_variance)
+    cond = _conditions(self, sigma, mapping_cond)
+    if cross_cond is not None:
+        cond["cross"], cond["cross_padding"] = cross_cond, cross_cond_padding
+    x = input if unet_cond is None else torch.cat([input, unet_cond], dim=1)
+    if self.patch_size > 1:
+        x = F.pixel_unshuffle(x, self.patch_size)
+    x = self.proj_out(self.u_net(channels_last(self.proj_in(channels_last(x))), cond))
+    logvar = None
+    if self.has_variance:
+        x, logvar = x[:, :-1], x[:, -1].flatten(1).mean(1)
+    if self.patch_size > 1:
+        x = F.pixel_shuffle(x, self.patch_size)
+    x = x.contiguous()  # as the library returns it; callers may view it
+    return (x, logvar) if self.has_variance and return_variance else x
+
+
+def _conditions(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> dict:
+    """k-diffusion's dict of conditions, with the table where it can be used."""
+    cache, mappers = module._tdpm_rows, module._tdpm_mappers
+    if capturing(sigma) or hooked(*module.mapping, *mappers):
+        return {"cond": _mapping(module, sigma, mapping_cond)}
+
+    def compute(sigma, mapping_cond=None):
+        out = _mapping(module, sigma, mapping_cond)
+        return torch.cat([out, *(mapper(out) for mapper in mappers)], dim=1)
+
+    rows = cache.get([t for t in (sigma, mapping_cond) if t is not None], compute)
+    return {"cond": rows[:, : cache_width(module)], TABLE: rows}
+
+
+def cache_width(module: nn.Module) -> int:
+    """Length of the mapping network's output, which stands first in the table."""
+    return module.mapping[-2].out_features
+
+
+def _mapping(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> Tensor:
+    embed = module.timestep_embed((sigma.log() / 4)[:, None])
+    return module.mapping(embed if mapping_cond is None else embed + module.mapping_cond(mapping_cond))
+
+
+def prepare(root: nn.Module) -> None:
+    """Give the patched modules of an ``ImageDenoiserModelV1`` their caches."""
+    prompt, padding = LastPrompt(), LastPrompt()
+    start, mappers = cache_width(root), []
+    for module in root.modules():
+        patched = "forward" in vars(module)
+        if patched and hasattr(module, "mapper") and module.cond_key != "cond":
+            module._tdpm_slot = None
+        elif patched and hasattr(module, "mapper"):
+            channels = module.mapper.out_features // 2
+            module._tdpm_slot = (start, channels)
+            mappers.append(module.mapper)
+            start += 2 * channels
+        elif patched and hasattr(module, "kv_proj"):
+            kv = PromptCache(prompt, (module.norm_enc, module.kv_proj))
+            module._tdpm_prompt = (kv, PromptCache(padding, ()))
+    own = [
+        m
+        for name in ("timestep_embed", "mapping_cond", "mapping")
+        for m in getattr(root, name, nn.Identity()).modules()
+    ]
+    root._tdpm_mappers = tuple(mappers)
+    root._tdpm_rows = RowCache((*own, *mappers))
+
+
+_RULES = (
+    Rule("AdaGN", ("input", "cond"), ada_gn, "norm, scale and shift in one"),
+    Rule("ResConvBlock", ("input", "cond"), residual_block, "norm and GELU in one, sum in place"),
+    Rule("SelfAttention2d", ("input", "cond"), self_attention, "attention without copies"),
+    Rule("CrossAttention2d", ("input", "cond"), cross_attention, "keys and values once per prompt"),
+    Rule("Downsample2d", ("x",), downsample, "one channel at a time"),
+    Rule("Upsample2d", ("x",), upsample, "one channel at a time"),
+    Rule(
+        "ImageDenoiserModelV1",
+        (
+            "input",
+            "sigma",
+            "mapping_cond",
+            "unet_cond",
+            "cross_cond",
+            "cross_cond_padding",
+            "return_variance",
+        ),
+        image_v1,
+        "channels_last, projections of sigma and class remembered",
+    ),
+)
+FAMILY = Family(
+    "k-diffusion image_v1",
+    "ImageDenoiserModelV1",
+    _RULES,
+    prepare,
+    body=lambda root: root.u_net,
+    narrow=lambda root: [m for m in root.modules() if isinstance(m, nn.Conv2d)],
+)

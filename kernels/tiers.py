@@ -1,0 +1,158 @@
+"""The opt-in tiers of ``accelerate``: half precision and Inductor, taken where a measurement says that they pay.
+
+Both change results, half precision visibly, so neither is ever chosen by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+WIDE = {"sigma", "mapping_cond", "timestep", "timesteps"}
+REPEATS = 5  # timed calls of each way; the fastest of each counts
+
+
+class Compiled:
+    """A module's body, compiled by Inductor for each shape it meets and used where that is faster.
+
+    Takes the place of the module's ``forward``. The first call with new shapes compiles, which takes from seconds to
+    minutes, and times both ways; what was decided is appended to ``notes``.
+    """
+
+    def __init__(self, usual: Callable, notes: list[str]):
+        self._usual, self.notes = usual, notes
+        self._compiled: Callable | None = None
+        self._chosen: dict[tuple, Callable] = {}
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self._usual(*args)
+        key = shapes_of(args)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(args, key)
+        return self._chosen[key](*args)
+
+    def _choose(self, args: tuple, key: tuple) -> Callable:
+        if self._compiled is None:
+            self._compiled = torch.compile(self._usual, dynamic=False, fullgraph=True)
+        try:
+            self._compiled(*args)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            self.notes.append(f"compile: not possible here ({reason}); the exact tier is used")
+            return self._usual
+        usual, compiled = race((self._usual, self._compiled), args)
+        self.notes.append(
+            f"compile: {compiled * 1e3:.3g} ms against {usual * 1e3:.3g} ms for {key[0][0]}; "
+            f"{'used' if compiled < usual else 'not used'}"
+        )
+        return self._compiled if compiled < usual else self._usual
+
+    def __deepcopy__(self, memo):
+        from copy import deepcopy
+
+        return Compiled(deepcopy(self._usual, memo), deepcopy(self.notes, memo))
+
+
+def race(ways: tuple[Callable, ...], args: tuple) -> list[float]:
+    """Seconds of the fastest call of each way, called in turns."""
+    best = [float("inf")] * len(ways)
+    device = next((a.device for a in _tensors(args)), torch.device("cpu"))
+    for _ in range(REPEATS):
+        for i, way in enumerate(ways):
+            _wait(device)
+            start = time.perf_counter()
+            way(*args)
+            _wait(device)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shapes_of(args: tuple) -> tuple:
+    """What a compiled body depends on, of its arguments: (shape, dtype, device) of every tensor in them."""
+    return tuple((tuple(t.shape), t.dtype, t.device) for t in _tensors(args))
+
+
+def _tensors(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list, type({}.values()))) else []
+
+
+class Half:
+    """A network in half precision behind a float32 face, if that is faster; the float32 weights are kept for undo.
+
+    Takes the place of the network's ``forward``; ``modules`` are those whose weights are cast. The first call times
+    both ways and decides for all shapes.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], usual: Callable, notes: list[str]):
+        self._modules, self._usual, self.notes = tuple(modules), usual, notes
+        self._originals: list[tuple[nn.Parameter, Tensor, tuple]] = []
+        self._decided = False
+        self.dtype: torch.dtype | None = None
+
+    def __call__(self, *args, **kwargs):
+        if torch.is_grad_enabled() and not self._originals:
+            return self._usual(*args, **kwargs)
+        if not self._decided:
+            self._decide(args, kwargs)
+        return self._usual(*args, **kwargs) if self.dtype is None else self._in_half(*args, **kwargs)
+
+    def _decide(self, args: tuple, kwargs: dict) -> None:
+        self._decided = True
+        device = args[0].device
+        wide, narrow = args[0].dtype, torch.bfloat16 if device.type == "cpu" else torch.float16
+        if wide.itemsize < 4:
+            self.notes.append(f"half: the network already takes {wide}")
+            return
+
+        def run(*args):
+            return self._usual(*args, **kwargs)
+
+        full = race((run,), args)[0]
+        self._cast(narrow)
+        half = race((lambda *a: self._in_half(*a, **kwargs),), args)[0]
+        used = half < full
+        if not used:
+            self.restore()
+        self.notes.append(
+            f"half: {half * 1e3:.3g} ms in {narrow} against {full * 1e3:.3g} ms; {'used' if used else 'not used'}"
+        )
+
+    def _in_half(self, *args, **kwargs):
+        wide, narrow = args[0].dtype, self.dtype
+
+        def cast(value, dtype):
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        # the noise level (second) and what is added to its embedding stay wide: they are projected in float32
+        args = tuple(a if i == 1 else cast(a, narrow) for i, a in enumerate(args))
+        kwargs = {k: v if k in WIDE else cast(v, narrow) for k, v in kwargs.items()}
+        out = self._usual(*args, **kwargs)
+        return tuple(cast(o, wide) for o in out) if isinstance(out, tuple) else cast(out, wide)
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        for parameter in {id(p): p for m in self._modules for p in m.parameters()}.values():
+            if parameter.is_floating_point():
+                original = parameter.data
+                parameter.data = original.to(dtype)
+                self._originals.append((parameter, original, (parameter.data_ptr(), parameter._version)))
+
+    def restore(self) -> None:
+        """The float32 weights again; a weight that was edited meanwhile keeps its edit."""
+        for parameter, original, seen in self._originals:
+            same = (parameter.data_ptr(), parameter._version) == seen
+            parameter.data = original if same else parameter.data.to(original.dtype)
+        self._originals, self.dtype = [], None
