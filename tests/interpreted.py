@@ -50,6 +50,12 @@ class _Interpreted(interpreter.InterpretedFunction):
     def __call__(self, *args, **kwargs):
         return self.rewrite()(*args, **kwargs)  # called from another kernel: everything is patched already
 
+    def rewrite(self):
+        # Rewritten once, against names that leaving `_interpreting` takes out of the library's globals again.
+        for key, value in vars(interpreter).items():
+            self.fn.__globals__.setdefault(key, value)
+        return super().rewrite()
+
 
 def load_interpreted(name: str, folder: Path | str | None = None) -> types.ModuleType:
     """A fresh copy of ``tdpm_ext.kernels.<name>`` whose kernels run in the interpreter, on CPU tensors.
