@@ -210,6 +210,7 @@ def fit(
         seed=seed,
         progress=progress,
     )
+    prior.sigma_trunc = min(prior.sigma_trunc, 0.5 * denoiser.sigma_max)  # wide data: the cut must lie inside the table
     prior.card |= {"host": "diffusers", "cond_scale": denoiser.cond_scale, "model": type(denoiser.network).__name__}
     if budgets:
         options = {"samples": samples, "sigma_min": denoiser.sigma_min, "seed": seed, "progress": progress}
