@@ -1,11 +1,12 @@
 """Open what k-diffusion writes, as one kind of denoiser.
 
 ``open_checkpoint`` reads inference ``.safetensors`` files (config JSON in the metadata, as k-diffusion's
-``convert_for_inference`` writes them) and training ``.pth`` files (their EMA weights), for k-diffusion's model
-types ``image_v1`` and ``image_transformer_v1``. Nothing is ever unpickled.
+``convert_for_inference`` writes them), training ``.pth`` files (their EMA weights) and the ``NAME_state.json`` that
+names the latest of these, for k-diffusion's model types ``image_v1``, ``image_transformer_v1`` and, where the installed
+k-diffusion has it, ``image_transformer_v2``. Nothing is ever unpickled.
 
 Every model is called the same way, ``model(x, sigma, class_cond=labels, cond_scale=3.0) -> denoised``:
-k-diffusion's transformer takes a label index with one more index for "dropped"; its U-Net knows no labels, so
+k-diffusion's transformers take a label index with one more index for "dropped"; its U-Net knows no labels, so
 class-conditional U-Nets take a one-hot ``mapping_cond`` as wide as ``dataset.num_classes``, zeros for "dropped".
 """
 
@@ -16,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,8 +27,8 @@ from torch import Tensor, nn
 from tdpm_ext.denoiser import CheckpointModel
 from tdpm_ext.optional import import_k_diffusion
 
-MODEL_TYPES = ("image_v1", "image_transformer_v1")
-SUPPORTED = "k-diffusion inference .safetensors and training .pth files"
+MODEL_TYPES = ("image_v1", "image_transformer_v1", "image_transformer_v2")
+SUPPORTED = "k-diffusion inference .safetensors and training .pth files, and the _state.json that names the latest .pth"
 CONFIG_HELP = (
     "k-diffusion's convert_for_inference.py writes it into the file; or pass the training config JSON yourself "
     "(config=PATH, on the command line --config PATH)"
@@ -60,18 +62,19 @@ def open_checkpoint(
     """Open a k-diffusion checkpoint for sampling: eval mode, no gradients, dropout off.
 
     Args:
-        path: inference ``.safetensors`` or training ``.pth`` (its EMA weights are used).
+        path: inference ``.safetensors``, training ``.pth`` (its EMA weights are used), or ``NAME_state.json``, which
+            names the latest ``.pth`` beside it.
         device: where the model goes.
         dtype: of the weights; None = float32, whatever the file holds. With float16/bfloat16 the network runs in it
             and the preconditioning around it stays in float32.
         config: k-diffusion config (JSON file or dict) that replaces the one in the file.
 
     Raises:
-        FileNotFoundError: no such file. ImportError: k-diffusion is missing or broken.
+        FileNotFoundError: no such file. ImportError: k-diffusion is missing or broken, or lacks the model type.
         ValueError: not a checkpoint, no config, unknown model type, damaged file, weights that are not finite or do
             not fit the config. Nothing is allocated for a model before its shapes have been compared with the file.
     """
-    path = Path(path)
+    path = _latest(Path(path))
     tensors, found = _read(path)
     fingerprint = fingerprint_tensors(tensors)[:16]
     config = _given_config(config) if config is not None else _config_in(found, path)
@@ -95,6 +98,18 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(head.encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _latest(path: Path) -> Path:
+    """What a training run's ``NAME_state.json`` points at; any other path as it is."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return path
+    found = _parse(path.read_text(encoding="utf-8", errors="replace"), path)
+    latest = found.get("latest_checkpoint") if isinstance(found, dict) else None
+    if not isinstance(latest, str):
+        kind = "a config" if isinstance(found, dict) and "model" in found else "a JSON file without latest_checkpoint"
+        raise ValueError(f"{path} is {kind}, not a checkpoint; supported are {SUPPORTED}")
+    return path.with_name(Path(latest).name)  # written relative to where the training ran
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str | dict | None]:
@@ -201,6 +216,7 @@ def _check_sections(model: dict, dataset: dict, where: str | Path) -> None:
 def _build(config: dict, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     """k-diffusion's denoiser with the file's weights, and the config with k-diffusion's defaults filled in."""
     k_diffusion = import_k_diffusion()
+    _check_available(config["model"], k_diffusion, path)
     try:
         config = k_diffusion.config.load_config(config)
         if (blocks := _block_count(config["model"])) > len(tensors):  # every block holds several tensors
@@ -226,6 +242,21 @@ def _build(config: dict, tensors: dict[str, Tensor], path: Path, dtype: torch.dt
     return denoiser, config
 
 
+def _check_available(model: dict, k_diffusion, path: Path) -> None:
+    """The hourglass transformer came after k-diffusion's last release, and its local attention is another package."""
+    if model["type"] != "image_transformer_v2":
+        return
+    if not hasattr(k_diffusion.models, "ImageTransformerDenoiserModelV2"):
+        raise ImportError(
+            f"{path} is an image_transformer_v2, which the installed k-diffusion does not have: install it from its "
+            "repository (pip install --no-deps git+https://github.com/crowsonkb/k-diffusion)"
+        )
+    levels = model.get("self_attns") or [{"type": "neighborhood"}] * (len(model.get("widths") or ()) - 1)
+    local = any(isinstance(level, dict) and level.get("type") == "neighborhood" for level in levels)
+    if local and find_spec("natten") is None:
+        raise ImportError(f"{path} uses neighborhood attention: install natten, which k-diffusion runs it with")
+
+
 def _compare(wanted: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], path: Path) -> None:
     lacking = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted]
@@ -247,4 +278,4 @@ def _some(names: list[str]) -> str:
 
 
 def _block_count(model: dict) -> int:
-    return sum(model["depths"]) if model["type"] == "image_v1" else model["depth"]
+    return model["depth"] if model["type"] == "image_transformer_v1" else sum(model["depths"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -101,11 +103,15 @@ def class_count(config: dict) -> int:
 
 
 def _size_multiple(model: dict) -> tuple[int, int]:
-    """Height and width must be multiples of these: patches, and the U-Net's halvings."""
+    """Height and width must be multiples of these: patches, halvings and attention windows."""
     if model["type"] == "image_v1":
         side = model["patch_size"] * 2 ** max(0, len(model["depths"]) - 1 - model["skip_stages"])
         return side, side
-    return tuple(model["patch_size"])
+    if model["type"] == "image_transformer_v1":
+        return tuple(model["patch_size"])
+    levels = enumerate(model.get("self_attns") or [{}] * len(model["depths"]))
+    tokens = math.lcm(*(2**i * level.get("window_size", 1) for i, level in levels))  # a side must hold whole windows
+    return tuple(side * tokens for side in model["patch_size"])
 
 
 def _is_batch(value: object, size: int) -> bool:

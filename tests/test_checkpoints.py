@@ -161,6 +161,103 @@ def test_training_checkpoint_gives_its_ema_weights(tmp_path):
     assert same.fingerprint == ck.fingerprint
 
 
+def trained(path, denoiser, config, step=7):
+    """A training checkpoint with everything that k-diffusion's train.py puts into one, and its NAME_state.json."""
+    inner = denoiser.inner_model
+    opt = torch.optim.AdamW(inner.parameters(), lr=1e-3)
+    for p in inner.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    content = {
+        "config": config,
+        "model": {name: tensor + 1 for name, tensor in inner.state_dict().items()},
+        "model_ema": inner.state_dict(),
+        "opt": opt.state_dict(),
+        "sched": torch.optim.lr_scheduler.ConstantLR(opt).state_dict(),
+        "ema_sched": K.utils.EMAWarmup(power=0.6667, max_value=0.9999).state_dict(),
+        "epoch": 1,
+        "step": step,
+        "gns_stats": K.gns.GradientNoiseScale().state_dict(),
+        "ema_stats": {"loss": 0.5},
+        "demo_gen": torch.Generator().manual_seed(0).get_state(),
+        "elapsed": 1.5,
+    }
+    torch.save(content, path / f"run_{step:08}.pth")
+    (path / "run_state.json").write_text(json.dumps({"latest_checkpoint": f"run_{step:08}.pth"}))
+    return path / f"run_{step:08}.pth"
+
+
+def test_what_train_py_writes_opens_through_its_state_file_and_survives_conversion(tmp_path):
+    denoiser, config = build(TRANSFORMER, 3)
+    weights = trained(tmp_path, denoiser, config)
+    x, sigma = batch()
+    labels = torch.tensor([0, 2, 3])
+    wanted = denoiser(x, sigma, class_cond=labels)
+    for path in (weights, tmp_path / "run_state.json"):
+        assert torch.equal(open_checkpoint(path).model(x, sigma, class_cond=labels), wanted)
+    # convert_for_inference.py: the EMA weights in half precision, the config as indented JSON
+    content = torch.load(weights, weights_only=True)
+    halved = {name: tensor.to(torch.float16) for name, tensor in content["model_ema"].items()}
+    slim = weights.with_suffix(".safetensors")
+    save_file(halved, slim, metadata={"config": json.dumps(content["config"], indent=4)})
+    ck = open_checkpoint(slim)
+    assert ck.num_classes == 3 and ck.config["model"]["depth"] == 1
+    torch.testing.assert_close(ck.model(x, sigma, class_cond=labels), wanted, atol=0.05, rtol=5e-3)
+
+
+def test_a_state_file_that_points_nowhere_and_other_json_are_refused(tmp_path):
+    (tmp_path / "run_state.json").write_text(json.dumps({"latest_checkpoint": "elsewhere/run_00000001.pth"}))
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at {tmp_path}/run_00000001.pth"):
+        open_checkpoint(tmp_path / "run_state.json")
+    for content, says in ((build(UNET)[1], "a config, not a checkpoint"), ([], "without latest_checkpoint")):
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"other.json is .*{says}"):
+            open_checkpoint(tmp_path / "other.json")
+
+
+HOURGLASS = {
+    "type": "image_transformer_v2",
+    "input_channels": 1,
+    "input_size": [8, 8],
+    "patch_size": [1, 1],
+    "depths": [1, 1],
+    "widths": [32, 64],
+    "self_attns": [{"type": "shifted-window", "d_head": 16, "window_size": 4}, {"type": "global", "d_head": 16}],
+    "mapping_depth": 1,
+    "mapping_width": 32,
+    "sigma_data": 0.6,
+    "sigma_min": 0.01,
+    "sigma_max": 80,
+}
+HAS_HOURGLASS = hasattr(K.models, "ImageTransformerDenoiserModelV2")
+
+
+@pytest.mark.skipif(not HAS_HOURGLASS, reason="image_transformer_v2 is not in a release of k-diffusion yet")
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_hourglass_transformer_opens_where_k_diffusion_has_it(tmp_path, classes):
+    denoiser, config = build(HOURGLASS, classes)
+    ck = open_checkpoint(save(tmp_path / "c.safetensors", denoiser, config))
+    x, sigma = batch()
+    labels = {"class_cond": torch.tensor([0, 2, 3])} if classes else {}
+    assert torch.equal(denoiser(x, sigma, **labels), ck.model(x, sigma, **labels))
+    assert ck.num_classes == classes
+    if classes:
+        uncond = ck.model(x, sigma)
+        assert torch.equal(uncond, denoiser(x, sigma, class_cond=torch.full((3,), 3)))
+        guided = ck.model(x, sigma, **labels, cond_scale=2.0)
+        torch.testing.assert_close(guided, 2 * ck.model(x, sigma, **labels) - uncond, atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="multiples of 4 and 4"):
+        ck.model(torch.zeros(1, 1, 6, 8), 1.0)
+
+
+@pytest.mark.skipif(HAS_HOURGLASS, reason="this k-diffusion has image_transformer_v2")
+def test_an_hourglass_transformer_says_where_to_get_it(tmp_path):
+    denoiser, config = build(UNET)
+    config["model"] = HOURGLASS
+    with pytest.raises(ImportError, match="image_transformer_v2.*does not have.*from its repository"):
+        open_checkpoint(save(tmp_path / "c.safetensors", denoiser, config))
+
+
 def test_dropout_is_off_although_the_config_has_it(tmp_path):
     denoiser, config = build({**UNET, "dropout_rate": 0.5})
     ck = open_checkpoint(save(tmp_path / "c.safetensors", denoiser, config))
@@ -241,7 +338,7 @@ def test_config_can_come_from_outside(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"type": "image_v9"}, "'image_v9' is unknown; supported are image_v1, image_transformer_v1"),
+        ({"type": "image_v9"}, "'image_v9' is unknown; supported are image_v1, image_transformer_v1, image"),
         ({"type": ["image_v1"]}, "is unknown"),
         ({"channels": [16, 64]}, "do not fit the config; .*other shapes: .* and \\d+ more"),
         ({"depths": [2, 1]}, "missing from the file: u_net"),
