@@ -1,11 +1,14 @@
 """Compile every kernel for every GPU generation, without a GPU, and check the machine code.
 
-    python -m tdpm_ext.kernels.aot [--arch sm_90 ...] [--json] [--update-baseline]
+    python -m tdpm_ext.kernels.aot [--full] [--arch sm_90 ...] [--json] [--update-baseline]
 
 Each kernel module lists its variants: what a launch on that generation can look like. Each is compiled with Triton's
 own compiler and assembler; the result must have no spills, fit the card's shared memory, use tensor cores and 16-byte
 loads where the variant says so, never compute in double precision, and be no worse than the committed baseline
 (``aot_baseline.json``). Results are cached by kernel source, Triton version and target.
+
+By default every kernel is compiled for every generation in every dtype, and each of its configurations for at least
+two generations, in rotation; ``--full`` compiles every configuration for every generation.
 """
 
 from __future__ import annotations
@@ -18,18 +21,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tdpm_ext.kernels.aot_compile import MissingCompiler, cache_key, default_cache, measure, triton_version
-from tdpm_ext.kernels.aot_rules import CARDS, KEPT, broken_rules, regressions
+from tdpm_ext.kernels.aot_report import failures, read_baseline, summary, table, write_baseline
+from tdpm_ext.kernels.aot_rules import CARDS
 from tdpm_ext.kernels.variant import Variant
 
 MODULES = tuple(f"{__package__}.{name}" for name in ("triton_norm", "triton_attn", "triton_step"))
-BASELINE = Path(__file__).with_name("aot_baseline.json")
-CHUNK = 6  # variants that one task of a worker compiles: few enough to share evenly, enough to disassemble together
+CHUNK = 10  # variants that one task of a worker compiles: few enough to share evenly, enough to disassemble together
 KEEP = 4000  # results in the cache file; older ones go
 
 
@@ -47,6 +50,30 @@ def collect(cc: int, modules: Sequence[str] = MODULES) -> dict[str, tuple[str, V
             names.add(variant.name)
             found[key] = (module, variant)
     return found
+
+
+def rotation(found: dict[int, dict[str, tuple[str, Variant]]]) -> dict[int, set[str]]:
+    """Which cache keys to compile when not all are: generation -> keys.
+
+    Variants of one kernel and one set of pointer types take turns: each is compiled for two generations or more, half
+    the list apart, and together they reach every generation.
+    """
+    archs = list(found)
+    groups: dict[tuple, dict[str, dict[int, str]]] = {}
+    for cc, variants in found.items():
+        for key, (_, variant) in variants.items():
+            types = sorted({kind for kind in variant.signature.values() if kind.startswith("*")})
+            group = groups.setdefault((variant.kernel.__name__, *types), {})
+            group.setdefault(variant.name, {})[cc] = key
+    chosen: dict[int, set[str]] = {cc: set() for cc in archs}
+    for start, members in enumerate(groups.values()):
+        times = min(len(archs), max(2, -(-len(archs) // len(members))))
+        for turn, keys in enumerate(members.values()):
+            for time_ in range(times):
+                cc = archs[(start + turn + time_ * (len(archs) // times)) % len(archs)]
+                if cc in keys:
+                    chosen[cc].add(keys[cc])
+    return chosen
 
 
 def _work(task: tuple[int, str, list[str]]) -> list[tuple[str, dict[str, Any]]]:
@@ -95,38 +122,53 @@ def open_cache(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def run(
-    archs: Sequence[int], *, jobs: int | None = None, cache: Path | None = None, modules: Sequence[str] = MODULES
+    archs: Sequence[int],
+    *,
+    full: bool = True,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    modules: Sequence[str] = MODULES,
 ) -> dict[str, Any]:
-    """Compile and measure every variant for the generations ``archs``.
+    """Compile and measure the variants for the generations ``archs``.
 
     Args:
         archs: compute capabilities, as in `aot_rules.CARDS` (80, 90, ...).
+        full: all variants for each; else those of `rotation`.
         jobs: processes; None = one per CPU.
         cache: folder of the result cache; None = the user's (`aot_compile.default_cache`).
         modules: importable names of the modules whose ``aot_variants`` to compile.
 
     Returns:
-        {"triton", "seconds", "compiled" (how many were not cached), "results": {"sm_90": {name: measurement}}}.
+        {"triton", "seconds", "compiled" (how many were not cached), "variants": {"sm_90": [name, ...]} (all there
+        are), "results": {"sm_90": {name: measurement}}}.
     """
     started, version = time.monotonic(), triton_version()
     found = {cc: collect(cc, modules) for cc in archs}
+    chosen = {cc: set(variants) for cc, variants in found.items()} if full else rotation(found)
     with open_cache(cache or default_cache()) as known:
         tasks = []
         for cc, variants in found.items():
             for module in modules:
-                missing = [key for key, (origin, _) in variants.items() if origin == module and key not in known]
+                missing = [
+                    k for k, (origin, _) in variants.items() if origin == module and k in chosen[cc] - set(known)
+                ]
                 tasks += [(cc, module, missing[i : i + CHUNK]) for i in range(0, len(missing), CHUNK)]
         fresh = dict(compile_all(tasks, jobs or os.cpu_count() or 1)) if tasks else {}
         known.update((key, facts) for key, facts in fresh.items() if "error" not in facts)
         measured = {**known, **fresh}
     results = {
-        f"sm_{cc}": {variant.name: {**measured[key], **_wishes(variant)} for key, (_, variant) in variants.items()}
+        f"sm_{cc}": {
+            variant.name: {**measured[key], **_wishes(variant)}
+            for key, (_, variant) in variants.items()
+            if key in chosen[cc]
+        }
         for cc, variants in found.items()
     }
     return {
         "triton": version,
         "seconds": round(time.monotonic() - started, 1),
         "compiled": len(fresh),
+        "variants": {f"sm_{cc}": [v.name for _, v in variants.values()] for cc, variants in found.items()},
         "results": results,
     }
 
@@ -134,80 +176,6 @@ def run(
 def _wishes(variant: Variant) -> dict[str, Any]:
     names = ("num_warps", "num_stages", "uses_mma", "vector_loads", "streaming")
     return {name: getattr(variant, name) for name in names}
-
-
-def failures(report: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
-    """Every reason why the gate does not pass, one line each; [] when it does.
-
-    Args:
-        report: what `run` returned.
-        baseline: the committed measurements ({"triton", "results"}); None leaves the comparison out. One taken with
-            another Triton is not compared: its compiler may rightly choose other code.
-    """
-    found = []
-    for arch, variants in report["results"].items():
-        cc = int(arch.removeprefix("sm_"))
-        known = None
-        if baseline is not None and baseline["triton"] == report["triton"]:
-            known = baseline["results"].get(arch, {})
-            found += [
-                f"{arch} {name}: in the baseline, but no longer compiled" for name in known if name not in variants
-            ]
-        for name, facts in variants.items():
-            said = list(broken_rules(cc, facts))
-            if known is not None:
-                said += regressions(known[name], facts) if name in known else ["not in the baseline"]
-            found += [f"{arch} {name}: {line}" for line in said]
-    return found
-
-
-def read_baseline(path: Path = BASELINE) -> dict[str, Any] | None:
-    """The committed measurements, or None where there are none yet."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def write_baseline(report: dict[str, Any], path: Path = BASELINE) -> None:
-    """Keep the measurements of ``report``, one line per variant; generations that it lacks stay as they were."""
-    old = read_baseline(path)
-    results = old["results"] if old and old["triton"] == report["triton"] else {}
-    for arch, variants in report["results"].items():
-        results[arch] = {name: {key: facts[key] for key in KEPT} for name, facts in sorted(variants.items())}
-    archs = []
-    for arch, variants in sorted(results.items(), key=lambda item: int(item[0].removeprefix("sm_"))):
-        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(facts)}" for name, facts in variants.items())
-        archs.append(f'  "{arch}": {{\n{lines}\n  }}')
-    text = f'{{\n "triton": "{report["triton"]}",\n "results": {{\n' + ",\n".join(archs) + "\n }\n}\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def table(report: dict[str, Any]) -> Iterator[str]:
-    """The measurements as text: one line per variant, a column per GPU generation."""
-    results = report["results"]
-    names = list(dict.fromkeys(name for variants in results.values() for name in variants))
-    width = max([len(name) for name in names], default=0)
-    yield f"{'variant':{width}}  warps  16-byte loads  tensor  " + "  ".join(f"{arch:^16}" for arch in results)
-    yield f"{'':{width}}                              " + "  ".join(f"{'regs  shared  occ':16}" for _ in results)
-    for name in names:
-        rows = [variants.get(name) for variants in results.values()]
-        first = next(facts for facts in rows if facts is not None)
-        loads = _span(rows, "wide_loads") + " of " + _span(rows, "loads")
-        cells = "  ".join(f"{_cell(facts):16}" for facts in rows)
-        yield f"{name:{width}}  {first['num_warps']:5}  {loads:>13}  {_span(rows, 'mma'):>6}  {cells}".rstrip()
-
-
-def _span(rows: Iterable[dict[str, Any] | None], key: str) -> str:
-    values = sorted({facts[key] for facts in rows if facts and key in facts})
-    return "-" if not values else str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
-
-
-def _cell(facts: dict[str, Any] | None) -> str:
-    if facts is None:
-        return "-"
-    if "error" in facts:
-        return "ERROR"
-    return f"{facts['registers']:4} {facts['shared'] / 1024:5.1f}K {facts['occupancy']:4.0%}"
 
 
 def _arch(text: str) -> int:
@@ -225,10 +193,11 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 passed; 1 a kernel broke a rule or fell behind the baseline; 2 there is no compiler.",
     )
     made.add_argument("--arch", type=_arch, nargs="+", metavar="SM", help=f"of {', '.join(f'sm_{cc}' for cc in CARDS)}")
+    made.add_argument("--full", action="store_true", help="every configuration for every generation")
     made.add_argument("--json", action="store_true", help="print all measurements as JSON instead of a table")
     made.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per CPU)")
     made.add_argument("--cache", type=Path, metavar="DIR", help="folder of the result cache")
-    made.add_argument("--update-baseline", action="store_true", help="accept what was measured as the new baseline")
+    made.add_argument("--update-baseline", action="store_true", help="accept what --full measures as the new baseline")
     return made
 
 
@@ -236,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the gate; returns the exit status."""
     options = parser().parse_args(argv)
     try:
-        report = run(options.arch or list(CARDS), jobs=options.jobs, cache=options.cache)
+        full = bool(options.full or options.arch or options.update_baseline)
+        report = run(options.arch or list(CARDS), full=full, jobs=options.jobs, cache=options.cache)
     except MissingCompiler as missing:
         print(missing, file=sys.stderr)
         return 2
@@ -250,22 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         for line in table(report):
             print(line)
-        total = sum(len(variants) for variants in report["results"].values())
-        print(f"\n{total} compilations with Triton {report['triton']}, {report['compiled']} of them not cached")
-        print(f"{report['seconds']} s; {_about_baseline(report, baseline, options.update_baseline and not failed)}")
+        print("", *summary(report, baseline, options.update_baseline and not failed), sep="\n")
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _about_baseline(report: dict[str, Any], baseline: dict[str, Any] | None, updated: bool) -> str:
-    if updated:
-        return "this is the new baseline"
-    if baseline is None:
-        return "not compared with a baseline"
-    if baseline["triton"] != report["triton"]:
-        return f"the baseline is of Triton {baseline['triton']}: hard rules only"
-    return "compared with the baseline"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdpm_ext.kernels import aot, aot_rules
+from tdpm_ext.kernels import aot, aot_report, aot_rules
 from tdpm_ext.kernels.aot_compile import count_instructions
 from tdpm_ext.kernels.variant import Variant
 
@@ -33,7 +34,7 @@ def faulty(tmp_path_factory):
 
 
 def test_right_kernels_pass_and_each_wrong_one_is_named_with_its_fault(faulty):
-    found = aot.failures(faulty[0], None)
+    found = aot_report.failures(faulty[0], None)
     expected = {
         "sm_86 pipelined": "shared memory per block; sm_86 has 101376",  # and enough on sm_90
         "sm_86 narrow": "loads 16 bytes at once in 0 of",
@@ -77,6 +78,26 @@ def _module(aot_variants) -> str:
     sys.modules["tests.made_up"] = type(sys)("tests.made_up")
     sys.modules["tests.made_up"].aot_variants = aot_variants
     return "tests.made_up"
+
+
+def test_the_rotation_reaches_every_generation_with_every_kernel_and_dtype():
+    pytest.importorskip("triton")
+    found = {cc: aot.collect(cc) for cc in GENERATIONS}
+    chosen = aot.rotation(found)
+    reached, times = set(), Counter()
+    for cc, keys in chosen.items():
+        for key in keys:
+            variant = found[cc][key][1]
+            times[variant.name] += 1
+            reached.add((cc, variant.kernel.__name__, _dtypes(variant)))
+    everything = [(cc, v) for cc, variants in found.items() for _, v in variants.values()]
+    assert reached == {(cc, v.kernel.__name__, _dtypes(v)) for cc, v in everything}
+    assert {v.name for _, v in everything} == set(times) and min(times.values()) >= 2
+    assert sum(times.values()) < len(everything) / 2, "the point of it is to compile less"
+
+
+def _dtypes(variant: Variant) -> frozenset[str]:
+    return frozenset(kind for kind in variant.signature.values() if kind.startswith("*"))
 
 
 def test_clean_code_breaks_no_rule_on_any_card():
@@ -155,35 +176,36 @@ def test_the_same_measurement_is_no_regression_and_each_worse_one_is_said():
 
 
 def _report(**variants) -> dict:
-    return {"triton": "9.9.9", "seconds": 1.0, "compiled": 0, "results": {"sm_80": variants}}
+    names = {"sm_80": list(variants)}
+    return {"triton": "9.9.9", "seconds": 1.0, "compiled": 0, "variants": names, "results": {"sm_80": variants}}
 
 
 def test_the_baseline_keeps_what_it_is_compared_by(tmp_path):
     path = tmp_path / "baseline.json"
-    assert aot.read_baseline(path) is None
-    aot.write_baseline(_report(a=CLEAN, b=CLEAN), path)
-    kept = aot.read_baseline(path)
-    assert aot.failures(_report(a=CLEAN, b=CLEAN), kept) == []
-    assert aot.failures(_report(a=CLEAN | {"registers": 60}, b=CLEAN), kept) == [
+    assert aot_report.read_baseline(path) is None
+    aot_report.write_baseline(_report(a=CLEAN, b=CLEAN), path)
+    kept = aot_report.read_baseline(path)
+    assert aot_report.failures(_report(a=CLEAN, b=CLEAN), kept) == []
+    assert aot_report.failures(_report(a=CLEAN | {"registers": 60}, b=CLEAN), kept) == [
         "sm_80 a: registers rose from 32 to 60"
     ]
-    assert aot.failures(_report(a=CLEAN), kept) == ["sm_80 b: in the baseline, but no longer compiled"]
-    assert aot.failures(_report(a=CLEAN, b=CLEAN, c=CLEAN), kept) == ["sm_80 c: not in the baseline"]
+    assert aot_report.failures(_report(a=CLEAN), kept) == ["sm_80 b: in the baseline, but no longer a variant"]
+    assert aot_report.failures(_report(a=CLEAN, b=CLEAN, c=CLEAN), kept) == ["sm_80 c: not in the baseline"]
     other = _report(a=CLEAN | {"registers": 60}) | {"triton": "10.0.0"}
-    assert aot.failures(other, kept) == [], "another compiler may choose other code"
+    assert aot_report.failures(other, kept) == [], "another compiler may choose other code"
 
 
 def test_a_baseline_of_one_generation_leaves_the_others(tmp_path):
     path = tmp_path / "baseline.json"
-    aot.write_baseline(_report(a=CLEAN), path)
-    aot.write_baseline(_report() | {"results": {"sm_120": {"b": CLEAN}}}, path)
-    assert list(aot.read_baseline(path)["results"]) == ["sm_80", "sm_120"]
+    aot_report.write_baseline(_report(a=CLEAN), path)
+    aot_report.write_baseline(_report() | {"results": {"sm_120": {"b": CLEAN}}}, path)
+    assert list(aot_report.read_baseline(path)["results"]) == ["sm_80", "sm_120"]
     assert path.read_text().count("\n") < 20, "one line per variant, for readable diffs"
 
 
 def test_the_table_has_a_line_per_variant_and_a_column_per_generation():
     report = {"results": {"sm_80": {"a": CLEAN, "b": {"error": "no", "num_warps": 4}}, "sm_90": {"a": CLEAN}}}
-    head, _, first, second = aot.table(report)
+    head, _, first, second = aot_report.table(report)
     assert "sm_80" in head and "sm_90" in head
     assert first.count("32   0.0K 100%") == 2 and "4 of 4" in first
     assert "ERROR" in second and second.rstrip().endswith("-")
