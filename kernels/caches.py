@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,6 @@ class Fingerprint:
         return known[2].tobytes()
 
     def __deepcopy__(self, memo):
-        from copy import deepcopy
-
         return Fingerprint(deepcopy(self._modules, memo))
 
 
@@ -135,8 +134,6 @@ class RowCache:
         self._index.update({key: start + i for i, key in enumerate(fresh)})
 
     def __deepcopy__(self, memo):
-        from copy import deepcopy
-
         copy = RowCache(())
         copy.weights = deepcopy(self.weights, memo)
         return copy
@@ -150,28 +147,70 @@ def row_keys(inputs: Sequence[Tensor]) -> list[bytes]:
 
 
 class LastPrompt:
-    """Recognises the prompt of the last call, so that what was derived from it can be used again."""
+    """Recognises the prompt of the last call of a network, so that what was derived from it can be used again.
+
+    ``new_call()`` stands at the start of each call of the network: within one call a tensor is known by being the same
+    object, from one to the next by its values, since callers build theirs anew or write into the old one.
+    """
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
-        self._seen: tuple = ()
-        self.number = 0  # counts different prompts
+        self._seen: weakref.ref | None = None
+        self._number = 0  # counts different prompts
+
+    def new_call(self) -> None:
+        """Forget which object the prompt was."""
+        self._seen = None
 
     def number_of(self, prompt: Tensor) -> int:
-        """A number that stays while the prompt does. The same tensor is known at once, an equal one by its values."""
-        version = -1 if prompt.is_inference() else prompt._version
-        if self._seen and self._seen[0]() is prompt and self._seen[1] == version:
-            return self.number
+        """A number that stays while the prompt's values do."""
+        if self._seen is not None and self._seen() is prompt:
+            return self._number
         last = self._last
         same = last is not None and last.shape == prompt.shape and last.dtype == prompt.dtype
         if not (same and last.device == prompt.device and torch.equal(last, prompt)):
             self._last = prompt.detach().clone()  # the caller may overwrite its own
-            self.number += 1
-        self._seen = (weakref.ref(prompt), version)
-        return self.number
+            self._number += 1
+        self._seen = weakref.ref(prompt)
+        return self._number
 
     def __deepcopy__(self, memo):
         return LastPrompt()
+
+
+class Projections:
+    """What all blocks of a network project from one embedding [B, features], computed together and kept by its bits.
+
+    ``compute(block, embedding)`` gives a block's own [B, width]; ``weights_of(block)`` the module that it comes from.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], compute: Callable, weights_of: Callable):
+        self._blocks, self._compute, self._weights_of = tuple(blocks), compute, weights_of
+        self._rows = RowCache([part for block in blocks for part in weights_of(block).modules()])
+        self.new_call()
+
+    @property
+    def weights(self) -> Fingerprint:
+        """Of all projections."""
+        return self._rows.weights
+
+    def new_call(self) -> None:
+        """Forget which object the embedding was."""
+        self._seen: weakref.ref | None = None
+        self._value: Tensor | None = None
+
+    def get(self, embedding: Tensor) -> Tensor:
+        """[B, sum of widths], in the order of the blocks."""
+        if self._seen is None or self._seen() is not embedding:
+            self._value = self._rows.get((embedding,), self._all)
+            self._seen = weakref.ref(embedding)
+        return self._value
+
+    def _all(self, embedding: Tensor) -> Tensor:
+        return torch.cat([self._compute(block, embedding) for block in self._blocks], dim=1)
+
+    def __deepcopy__(self, memo):
+        return Projections(deepcopy(self._blocks, memo), self._compute, self._weights_of)
 
 
 class PromptCache:
@@ -193,8 +232,6 @@ class PromptCache:
         self._number, self._value = -1, None
 
     def __deepcopy__(self, memo):
-        from copy import deepcopy
-
         copy = PromptCache(deepcopy(self._prompt, memo), ())
         copy.weights = deepcopy(self.weights, memo)
         return copy

@@ -20,7 +20,8 @@ class Rule:
 
     Args:
         kind: name of the class, as its library spells it.
-        parameters: what its ``forward`` takes, in order; another signature is another version of the class.
+        parameters: what its ``forward`` takes, in order; another signature is another version of the class. None
+            where ``forward`` passes on whatever it gets.
         forward: takes its place, called with the module first. It must hand over to ``ordinary`` whenever it does not
             apply, and call submodules as modules, so that hooks and LoRA layers in them keep working.
         refuse: says why this instance cannot be accelerated, or None.
@@ -28,7 +29,7 @@ class Rule:
     """
 
     kind: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None
     forward: Callable
     what: str
     refuse: Callable[[nn.Module], str | None] = lambda module: None
@@ -42,7 +43,8 @@ class Family:
         title: for people.
         root: class of the whole network, found inside whatever wraps it.
         rules: of the root and of the modules in it.
-        prepare: gives the patched modules of a root their caches.
+        prepare: ``prepare(root, replace)`` gives the patched modules of a root their caches; ``replace(module,
+            forward, what)`` patches one more.
         body: the module that Inductor compiles: most of the work, and nothing that is remembered.
         narrow: the modules that half precision applies to.
     """
@@ -50,7 +52,7 @@ class Family:
     title: str
     root: str
     rules: tuple[Rule, ...]
-    prepare: Callable[[nn.Module], None]
+    prepare: Callable[[nn.Module, Callable], None]
     body: Callable[[nn.Module], nn.Module]
     narrow: Callable[[nn.Module], list[nn.Module]]
 
@@ -63,7 +65,7 @@ def why_not(rule: Rule, module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "another program has replaced its forward"
     given = tuple(inspect.signature(owner.forward).parameters)[1:]
-    if given != rule.parameters:
+    if rule.parameters is not None and given != rule.parameters:
         return f"forward takes ({', '.join(given)}), known is ({', '.join(rule.parameters)})"
     return rule.refuse(module)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -157,6 +159,8 @@ def image_v1(
     """``ImageDenoiserModelV1``: channels_last throughout, all projections of sigma and class looked up at once."""
     if not may_run(input):
         return ordinary(self, input, sigma, mapping_cond, unet_cond, cross_cond, cross_cond_padding, return_variance)
+    for prompt in self._tdpm_prompts:
+        prompt.new_call()
     cond = _conditions(self, sigma, mapping_cond)
     if cross_cond is not None:
         cond["cross"], cond["cross_padding"] = cross_cond, cross_cond_padding
@@ -197,7 +201,7 @@ def _mapping(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> T
     return module.mapping(embed if mapping_cond is None else embed + module.mapping_cond(mapping_cond))
 
 
-def prepare(root: nn.Module) -> None:
+def prepare(root: nn.Module, replace: Callable) -> None:
     """Give the patched modules of an ``ImageDenoiserModelV1`` their caches."""
     prompt, padding = LastPrompt(), LastPrompt()
     start, mappers = cache_width(root), []
@@ -218,6 +222,7 @@ def prepare(root: nn.Module) -> None:
         for name in ("timestep_embed", "mapping_cond", "mapping")
         for m in getattr(root, name, nn.Identity()).modules()
     ]
+    root._tdpm_prompts = (prompt, padding)
     root._tdpm_mappers = tuple(mappers)
     root._tdpm_rows = RowCache((*own, *mappers))
 

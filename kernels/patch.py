@@ -13,7 +13,7 @@ from types import MethodType
 import torch
 from torch import nn
 
-from tdpm_ext.kernels import family_k_diffusion
+from tdpm_ext.kernels import family_k_diffusion, family_resnet
 from tdpm_ext.kernels.facts import KernelError
 from tdpm_ext.kernels.family import Family, Rule, why_not
 from tdpm_ext.kernels.tiers import Compiled, Half
@@ -21,7 +21,7 @@ from tdpm_ext.kernels.tiers import Compiled, Half
 log = logging.getLogger("tdpm_ext")
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("exact", "half", "compile")
-FAMILIES = (family_k_diffusion.FAMILY,)
+FAMILIES = (family_k_diffusion.FAMILY, *family_resnet.FAMILIES)
 MARK = "_tdpm_"  # of everything that is put on a module
 
 
@@ -93,10 +93,11 @@ class Handle:
 def accelerate(model: nn.Module, *, graphs: str = "auto", precision: str = "exact") -> Handle:
     """Make a denoiser's network faster where it is, without changing what it computes.
 
-    Known networks are found inside whatever wraps them: k-diffusion's ``image_v1``. Their norms, activations and
-    conditioning are fused, memory is channels_last throughout, and what depends on the noise level or the prompt
-    alone is computed once. It applies in inference (``torch.no_grad``) and steps aside where gradients, autocast or
-    hooks on fused modules are at work.
+    Known networks are found inside whatever wraps them: k-diffusion's ``image_v1``, diffusers' ``UNet2DModel`` and
+    ``UNet2DConditionModel``, the OpenAI / latent-diffusion ``UNetModel`` of ComfyUI and A1111. Their norms,
+    activations and conditioning are fused, memory is channels_last throughout, and what depends on the noise level
+    or the prompt alone is computed once. It applies in inference (``torch.no_grad``) and steps aside where gradients,
+    autocast or hooks on fused modules are at work.
 
     Args:
         model: any module that contains a known network.
@@ -154,7 +155,13 @@ def _accelerate_root(handle: Handle, family: Family, name: str, root: nn.Module)
     handle.families.append(family.title)
     for path, module in root.named_modules(prefix=name):
         _patch(handle, rules, path, module)
-    family.prepare(root)
+    paths = {id(module): path for path, module in root.named_modules(prefix=name)}
+
+    def replace(module, forward, what):
+        _replace(handle, module, MethodType(forward, module))
+        handle.patched.append((paths[id(module)], type(module).__name__, what))
+
+    family.prepare(root, replace)
     _move(handle, root)
     if handle.precision == "compile":
         body = family.body(root)

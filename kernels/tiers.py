@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +28,24 @@ class Compiled:
         self._compiled: Callable | None = None
         self._chosen: dict[tuple, Callable] = {}
 
-    def __call__(self, *args):
+    def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return self._usual(*args)
-        key = shapes_of(args)
+            return self._usual(*args, **kwargs)
+        key = shapes_of((args, kwargs))
         if key not in self._chosen:
-            self._chosen[key] = self._choose(args, key)
-        return self._chosen[key](*args)
+            self._chosen[key] = self._choose(args, kwargs, key)
+        return self._chosen[key](*args, **kwargs)
 
-    def _choose(self, args: tuple, key: tuple) -> Callable:
+    def _choose(self, args: tuple, kwargs: dict, key: tuple) -> Callable:
         if self._compiled is None:
             self._compiled = torch.compile(self._usual, dynamic=False, fullgraph=True)
         try:
-            self._compiled(*args)
+            self._compiled(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = str(error).strip().splitlines()[0]
             self.notes.append(f"compile: not possible here ({reason}); the exact tier is used")
             return self._usual
-        usual, compiled = race((self._usual, self._compiled), args)
+        usual, compiled = race((self._usual, self._compiled), args, kwargs)
         self.notes.append(
             f"compile: {compiled * 1e3:.3g} ms against {usual * 1e3:.3g} ms for {key[0][0]}; "
             f"{'used' if compiled < usual else 'not used'}"
@@ -52,12 +53,10 @@ class Compiled:
         return self._compiled if compiled < usual else self._usual
 
     def __deepcopy__(self, memo):
-        from copy import deepcopy
-
         return Compiled(deepcopy(self._usual, memo), deepcopy(self.notes, memo))
 
 
-def race(ways: tuple[Callable, ...], args: tuple) -> list[float]:
+def race(ways: tuple[Callable, ...], args: tuple, kwargs: dict) -> list[float]:
     """Seconds of the fastest call of each way, called in turns."""
     best = [float("inf")] * len(ways)
     device = next((a.device for a in _tensors(args)), torch.device("cpu"))
@@ -65,7 +64,7 @@ def race(ways: tuple[Callable, ...], args: tuple) -> list[float]:
         for i, way in enumerate(ways):
             _wait(device)
             start = time.perf_counter()
-            way(*args)
+            way(*args, **kwargs)
             _wait(device)
             best[i] = min(best[i], time.perf_counter() - start)
     return best
@@ -117,12 +116,9 @@ class Half:
             self.notes.append(f"half: the network already takes {wide}")
             return
 
-        def run(*args):
-            return self._usual(*args, **kwargs)
-
-        full = race((run,), args)[0]
+        full = race((self._usual,), args, kwargs)[0]
         self._cast(narrow)
-        half = race((lambda *a: self._in_half(*a, **kwargs),), args)[0]
+        half = race((self._in_half,), args, kwargs)[0]
         used = half < full
         if not used:
             self.restore()
@@ -140,6 +136,8 @@ class Half:
         args = tuple(a if i == 1 else cast(a, narrow) for i, a in enumerate(args))
         kwargs = {k: v if k in WIDE else cast(v, narrow) for k, v in kwargs.items()}
         out = self._usual(*args, **kwargs)
+        if isinstance(out, dict):  # diffusers' outputs are ordered dicts with attributes
+            return type(out)(**{k: cast(v, wide) for k, v in out.items()})
         return tuple(cast(o, wide) for o in out) if isinstance(out, tuple) else cast(out, wide)
 
     def _cast(self, dtype: torch.dtype) -> None:

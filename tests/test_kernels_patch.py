@@ -325,7 +325,7 @@ def test_half_precision_taken_is_close_and_keeps_edits_made_meanwhile(model, mon
     from tdpm_ext.kernels import tiers
 
     seconds = iter([[2.0], [1.0]])  # what the clock says decides which way is taken, not whether it is right
-    monkeypatch.setattr(tiers, "race", lambda ways, args: [way(*args) for way in ways] and next(seconds))
+    monkeypatch.setattr(tiers, "race", lambda ways, args, kw: [way(*args, **kw) for way in ways] and next(seconds))
     before = run(model)
     handle = accelerate(model, precision="half")
     torch.testing.assert_close(run(model), before, rtol=0, atol=0.1)
