@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 # Tiles under way at once. A loop without a matrix product is pipelined only where it says so itself.
-STAGES = tl.constexpr(3)
+STAGES = tl.constexpr(4)
 # counts whose value says nothing about alignment: no new compilation for each
 COUNTS = ["blocks", "splits", "tiles"]
 

@@ -147,7 +147,8 @@ def _split(call: Call, chosen: Plan) -> tuple[Launch, ...]:
         "BLOCK_G": chosen.block_g,
         "EVEN": call.groups % chosen.block_g == 0,
     }
-    part = tiled | {"plane": part_plane}
+    # two sums for each element of the tile: half the tile, for the same number of registers
+    part = tiled | {"plane": part_plane, "BLOCK_S": max(1, chosen.block_s // 2)}
     apply = tiled | {"plane": affine_plane, "tiles": tiles}
     return (
         _launch(kernels.part_kernel, samples * chosen.splits * chosen.blocks, part, chosen.warps),

@@ -22,7 +22,7 @@ import torch
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FORMS = ("tile", "loop", "split")
 TILE_MOST = 16384  # elements that one program of the `tile` form holds, padding included
-LOOP_TILE = 4096  # elements per iteration of the `loop` form
+LOOP_TILE = 2048  # elements per iteration of the `loop` form
 LOOP_BYTES = 96 * 1024  # what one program may read for one processor to be thought faster than three launches
 SPLIT_TILE = 4096
 SPLIT_CHANNELS = 64  # per tile in channels_last: every usual channel count divides by it, so all loads are aligned
