@@ -59,13 +59,13 @@ def read_host(model, extra_args: dict) -> Host:
         "flow": any(_is_flow(link) for link in chain),
         "streams": max(len(getattr(link, "latent_shapes", None) or ()) for link in chain) or 1,
     }
-    for link in chain:
-        if hasattr(link, "noise") and hasattr(link, "latent_image"):
-            return Host("comfyui", noise=_tensor(link.noise), latent=_picture(link.latent_image), **shared)
-    if hasattr(model, "init_latent"):
+    if hasattr(model, "init_latent"):  # first: reForge's has ComfyUI's attributes too, empty
         shared["masked"] |= getattr(model, "mask", None) is not None
         second = bool(getattr(getattr(model, "p", None), "is_hr_pass", False))
         return Host("a1111", latent=_tensor(model.init_latent), second_pass=second, **shared)
+    for link in chain:
+        if hasattr(link, "noise") and hasattr(link, "latent_image"):
+            return Host("comfyui", noise=_tensor(link.noise), latent=_picture(link.latent_image), **shared)
     if "model_options" in extra_args or "denoise_mask" in extra_args:
         return Host("comfyui", hidden=True, **shared)
     return Host(**shared)

@@ -40,6 +40,13 @@ def a1111(init_latent=None, mask=None, is_hr_pass=False, prediction_type="epsilo
     return SimpleNamespace(init_latent=init_latent, mask=mask, p=p)
 
 
+def reforge(init_latent=None, **options):
+    """reForge's denoiser has ComfyUI's two attributes as well, and leaves them empty."""
+    model = a1111(init_latent, **options)
+    model.noise = model.latent_image = None
+    return model
+
+
 def bare(x, sigma):
     return x
 
@@ -57,6 +64,7 @@ MASK = torch.ones(2, 1, 8, 8)
     [
         (comfy(), {"extra_args": {"denoise_mask": None, "model_options": {}}}),
         (a1111(), {}),
+        (reforge(), {}),
         (bare, {}),
         (torch.nn.Identity(), {}),
         (comfy(latent=None), {"sigmas": (5.0, 1.0, 0.0)}),  # starts at sigma_trunc itself
@@ -73,6 +81,9 @@ def test_fresh_noise_above_sigma_trunc_is_replaced(host, options):
     [
         (comfy(latent=PICTURE), {}, "image to image"),  # also at denoise 1.0
         (a1111(init_latent=PICTURE), {}, "image to image"),
+        (reforge(init_latent=PICTURE), {}, "image to image"),
+        (reforge(mask=MASK), {}, "mask"),
+        (reforge(is_hr_pass=True), {}, "hires"),
         (comfy(), {"sigmas": (2.0, 0.5, 0.0)}, "starts at sigma 2, below sigma_trunc 5"),  # denoise, detailers
         (bare, {"sigmas": (2.0, 0.5, 0.0)}, "starts at sigma 2"),
         (a1111(is_hr_pass=True), {}, "hires"),
