@@ -24,6 +24,7 @@ class Rule:
             where ``forward`` passes on whatever it gets.
         forward: takes its place, called with the module first. It must hand over to ``ordinary`` whenever it does not
             apply, and call submodules as modules, so that hooks and LoRA layers in them keep working.
+        variants: subclasses, by name, whose own ``forward`` is known to compute the same.
         refuse: says why this instance cannot be accelerated, or None.
         what: for the report.
     """
@@ -33,6 +34,7 @@ class Rule:
     forward: Callable
     what: str
     refuse: Callable[[nn.Module], str | None] = lambda module: None
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Family:
 def why_not(rule: Rule, module: nn.Module) -> str | None:
     """The reason why a module with this rule's class among its ancestors is left alone, or None."""
     owner = [c for c in type(module).__mro__ if c.__name__ == rule.kind][-1]  # a subclass may have the same name
-    if type(module).forward is not owner.forward:
+    if type(module).forward is not owner.forward and type(module).__name__ not in rule.variants:
         return f"{type(module).__name__} overrides {rule.kind}.forward"
     if "forward" in vars(module):
         return "another program has replaced its forward"

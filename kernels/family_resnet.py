@@ -54,6 +54,14 @@ def _linear(projection: nn.Module) -> nn.Module:
     return projection[-1] if isinstance(projection, nn.Sequential) else projection
 
 
+# ComfyUI's casts weights first, where it is told to; latent diffusion's computes in float32, as everything here does
+_NORMS = ("GroupNorm", "GroupNorm32")
+
+
+def _is_group_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.GroupNorm) and type(module).__name__ in _NORMS
+
+
 def _drops(module: nn.Module) -> bool:
     return module.training and module.p > 0
 
@@ -90,7 +98,7 @@ def _project(block: nn.Module, temb: Tensor) -> Tensor:
 
 
 def _refuse_diffusers(block: nn.Module) -> str | None:
-    if type(block.norm1) is not nn.GroupNorm or type(block.norm2) is not nn.GroupNorm:
+    if not _is_group_norm(block.norm1) or not _is_group_norm(block.norm2):
         return f"its norms are {type(block.norm1).__name__} and {type(block.norm2).__name__}, not GroupNorm"
     if _act(block.nonlinearity) is None:
         return f"activation {type(block.nonlinearity).__name__} cannot be fused"
@@ -129,7 +137,7 @@ def ldm_block(self, x, emb):
 def _refuse_ldm(block: nn.Module) -> str | None:
     for name, known in (("in_layers", (nn.GroupNorm, nn.SiLU, nn.Conv2d)), ("out_layers", _OUT)):
         layers = list(getattr(block, name, ()))
-        if len(layers) != len(known) or not all(map(isinstance, layers, known)):
+        if len(layers) != len(known) or not all(map(isinstance, layers, known)) or not _is_group_norm(layers[0]):
             return f"{name} are {', '.join(type(m).__name__ for m in layers) or 'missing'}"
     if getattr(block, "exchange_temb_dims", False):
         return "its embedding runs along another axis"
@@ -217,7 +225,7 @@ _BLOCK = Rule(
     "norms, activations and embedding in one, sum in place",
     _refuse_diffusers,
 )
-_NORM = Rule("GroupNorm", ("input",), group_norm, "in its own memory format")
+_NORM = Rule("GroupNorm", ("input",), group_norm, "in its own memory format", variants=_NORMS)
 _NETWORK = "channels_last, projections of the noise level remembered"
 _REST = {"body": lambda root: root, "narrow": lambda root: [root]}
 
