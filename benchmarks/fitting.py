@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import timing  # noqa: E402
+from benchmarks import records, timing  # noqa: E402
 from tdpm_ext import fit_prior, load_prior, open_checkpoint, save_prior  # noqa: E402
 from tdpm_ext.pictures import Pictures, load_pictures  # noqa: E402
 
@@ -180,7 +180,8 @@ def main() -> None:
     names = list(args.only)
     if "transport" in names:  # it draws from these
         names += [n for n in ("gaussian", "mixture") if n not in names]
-    report = {"environment": timing.environment(torch.device("cpu")), "fits": [], "transport": []}
+    environment = timing.environment(torch.device("cpu"))
+    report = {"schema": "tdpm-fitting/1", "environment": environment, "fits": [], "transport": []}
     print(f"one core of a {report['environment']['name']} (CPU), load {report['environment']['load']}")
     for name in sorted(names, key=NAMES.index):
         measured = in_a_fresh_process(name, args, args.folder)
@@ -191,8 +192,7 @@ def main() -> None:
             report["fits"].append(measured)
             print_fit(measured)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        records.write(report, args.json)
         print(f"figures: {args.json}")
 
 

@@ -33,7 +33,7 @@ sys.path.append(str(ROOT))
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import features as judges  # noqa: E402
-from benchmarks import metrics, rivals  # noqa: E402
+from benchmarks import metrics, records, rivals  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
@@ -344,10 +344,7 @@ def main(argv=None) -> None:
     args = parse(argv)
     with torch.no_grad():
         result = run(build(args))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(args.out)
+    records.write(result, args.out)
     print(show(result))
     print(f"wrote {args.out}")
 

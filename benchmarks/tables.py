@@ -7,11 +7,14 @@ python benchmarks/tables.py --check    # exit 1 if it differs
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks import records  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- RESULTS: python benchmarks/tables.py -->", "<!-- END RESULTS -->"
 RUNS = {  # file: title
@@ -61,7 +64,7 @@ def render() -> str:
     for name, title in RUNS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
-            parts.append(table(json.loads(path.read_text()), title))
+            parts.append(table(records.read(path), title))
     return "\n\n".join(parts)
 
 

@@ -7,8 +7,6 @@ are over rounds. On CUDA a run is timed between two events on the stream and end
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import resource
@@ -24,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from benchmarks import records
 
 SCHEMA_NAME = "tdpm-latency/1"
 
@@ -193,57 +193,9 @@ def environment(device: torch.device) -> dict:
     }
 
 
-NUMBER, MAYBE_NUMBER, MAYBE_TEXT = (float, int), (float, int, type(None)), (str, type(None))
-SCHEMA = {
-    "schema": str,
-    "mode": str,  # "latency" or "overhead"
-    "label": str,  # the device in words, to be printed beside every figure
-    "environment": {
-        "device": str, "name": str, "threads": int, "cores": int, "load": MAYBE_NUMBER, "system": str, "python": str,
-        "torch": str, "cuda": MAYBE_TEXT, "k_diffusion": MAYBE_TEXT, "tdpm_ext": MAYBE_TEXT, "commit": MAYBE_TEXT,
-        "when": str, "command": str,
-    },
-    "settings": dict,
-    "agreed": bool,  # every check passed; without it there are no speed-ups
-    "checks": [{"arm": str, "check": str, "value": NUMBER, "limit": NUMBER, "ok": bool}],
-    "arms": [{
-        "arm": str, "batch": int, "budget": int, "nfe": int, "runs": int, "min_ms": NUMBER, "p50_ms": NUMBER,
-        "p90_ms": NUMBER, "p50_ms_per_picture": NUMBER, "model_ms": NUMBER, "prior_ms": NUMBER,
-        "outside_ms_per_step": NUMBER, "peak_mib": MAYBE_NUMBER, "rmse_to_reference": NUMBER,
-    }],
-    "first_picture": [{"arm": str, "load_ms": NUMBER, "first_ms": NUMBER}],
-    "speedups": [{"arm": str, "against": str, "batch": int, "ratio": NUMBER}],
-    "overhead": [{
-        "arm": str, "steps": int, "runs": int, "min_us_per_step": NUMBER, "p50_us_per_step": NUMBER,
-        "further_step_us": NUMBER,
-    }],
-}  # fmt: skip
-
-
-def problems(value, schema=SCHEMA, where: str = "report") -> list[str]:
-    """What in ``value`` does not follow ``schema``: fields missing, unknown, of another type, or not finite."""
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return [f"{where} is {type(value).__name__}, not an object"]
-        found = [f"{where}.{name} is missing" for name in schema if name not in value]
-        found += [f"{where}.{name} is unknown" for name in value if name not in schema]
-        pairs = ((value[name], kind, f"{where}.{name}") for name, kind in schema.items() if name in value)
-        return found + [text for pair in pairs for text in problems(*pair)]
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return [f"{where} is {type(value).__name__}, not a list"]
-        return [text for i, item in enumerate(value) for text in problems(item, schema[0], f"{where}[{i}]")]
-    allowed = schema if isinstance(schema, tuple) else (schema,)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        return [f"{where} is {value!r}, not {' or '.join(kind.__name__ for kind in allowed)}"]
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"{where} is {value}"]
-    return []
-
-
 def validate(report: dict) -> None:
-    """Raise ``ValueError`` listing everything in ``report`` that is not as ``SCHEMA`` says."""
-    found = problems(report)
+    """Raise ``ValueError`` listing what in ``report`` is not as the schema of results says."""
+    found = records.problems(report)
     if not found and report["schema"] != SCHEMA_NAME:
         found = [f"report.schema is {report['schema']!r}, not {SCHEMA_NAME!r}"]
     if not found and report["speedups"] and not report["agreed"]:
@@ -255,11 +207,4 @@ def validate(report: dict) -> None:
 def write_report(report: dict, path: Path) -> None:
     """Validate, then write atomically."""
     validate(report)
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    records.write(report, path)

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))
 
 K = pytest.importorskip("k_diffusion", exc_type=ImportError)
 
-from benchmarks import arms, latency, timing  # noqa: E402
+from benchmarks import arms, latency, records, timing  # noqa: E402
 from benchmarks.rivals import karras_sigmas, noise_for  # noqa: E402
 from tdpm_ext import fit_prior, load_prior, open_checkpoint, save_prior  # noqa: E402
 
@@ -121,7 +121,7 @@ def test_the_gate_names_what_disagrees(setup, model, broken):
     setup.model = model
     checks, _ = arms.check_outputs(ARMS, setup, 6, seed=0)
     assert {"tdpm@3", "dpmpp_2m@3"} <= {c["arm"] for c in checks if not c["ok"] and c["check"] == broken}
-    assert timing.problems(checks, timing.SCHEMA["checks"]) == []
+    assert records.problems(VALID | {"checks": checks}) == []
 
 
 def test_the_gate_refuses_a_prior_that_loses_the_picture_of_the_seed(setup):
@@ -260,6 +260,7 @@ def test_peak_memory_sees_what_one_call_allocates():
 
 # --- the file format
 
+ROW = records.SCHEMA["$defs"]["kinds"][timing.SCHEMA_NAME]["properties"]["arms"]["items"]["required"]
 VALID = {
     "schema": timing.SCHEMA_NAME,
     "mode": "latency",
@@ -269,8 +270,7 @@ VALID = {
     "agreed": True,
     "checks": [{"arm": "tdpm@4", "check": "repeated run", "value": 0.0, "limit": 1e-3, "ok": True}],
     "arms": [
-        dict.fromkeys(timing.SCHEMA["arms"][0], 1.0)
-        | {"arm": "tdpm@4", "batch": 1, "budget": 4, "nfe": 4, "runs": 3, "peak_mib": None}
+        dict.fromkeys(ROW, 1.0) | {"arm": "tdpm@4", "batch": 1, "budget": 4, "nfe": 4, "runs": 3, "peak_mib": None}
     ],
     "first_picture": [{"arm": "tdpm@4", "load_ms": 5.0, "first_ms": 2.0}],
     "speedups": [{"arm": "tdpm@4", "against": "dpmpp_2m@8", "batch": 1, "ratio": 1.9}],
