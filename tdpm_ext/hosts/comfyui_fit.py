@@ -66,6 +66,7 @@ def fit(job: Job):
     def run(denoiser):
         options = {"denoiser": denoiser, "shape": job.shape, "sigma_max": sigma_max, "draws": job.draws}
         prior = fitting.fit_prior(job.kind, **options, checkpoint=facts.checkpoint, seed=job.seed, progress=False)
+        prior.sigma_trunc = min(prior.sigma_trunc, sigma_max / 2)  # wide data: the chain must begin above the cut
         prior.card["cond_scale"] = job.cfg
         prior.card["comfyui"] = {
             "family": facts.family,

@@ -59,9 +59,7 @@ class ComfyUI:
 
         self.samplers, self.sampling, self.utils = comfy.samplers, comfy.k_diffusion.sampling, comfy.utils
         self.nodes, self.folder_paths, self.management = nodes, folder_paths, comfy.model_management
-        spec = importlib.util.spec_from_file_location("tiny_model", HERE / "tiny_model.py")
-        self.tiny = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.tiny)
+        self.tiny = load("tiny_model")
 
     def latent(self, batch=1, size=SIZE, picture=None, mask=None, **more):
         """A LATENT as nodes pass it, in the VAE's units."""
@@ -165,6 +163,26 @@ class ComfyUI:
             return output.args[0]["samples"]
 
         return self.job(work, run)
+
+
+def load(name: str):
+    """A module of this folder. ComfyUI has a package ``tests`` of its own, so it is not imported by that name."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def module_here():
+    """``module_here("server")``: a module of this folder."""
+    return load
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """The real server and a real browser."""
+    return load("server")
 
 
 @pytest.fixture(scope="session")

@@ -1,82 +1,114 @@
-"""accelerate(model) on the U-Net class that ComfyUI carries: the same numbers with everything a job puts into it."""
-
-from __future__ import annotations
-
-import copy
+"""TDPM Accelerate: the same pictures from a changed network, and the network as it was as soon as a run is over."""
 
 import pytest
 import torch
 
-from tdpm_ext.kernels import accelerate
+
+@pytest.fixture(scope="module")
+def n(comfy):
+    from tdpm_ext.hosts import comfyui_nodes
+
+    return comfyui_nodes
 
 
-@pytest.fixture
-def model(comfy):
-    """A ModelPatcher around ComfyUI's own UNetModel with random weights."""
-    model = comfy.tiny.tiny_model()
-    model.model.diffusion_model.__class__ = type(model.model.diffusion_model).__base__
-    model.model.diffusion_model.requires_grad_(False)
-    return model
+@pytest.fixture(scope="module")
+def fast(tiny, n):
+    return n.TDPMAccelerate().accelerate(tiny.model, "auto", "exact")[0]
 
 
-@pytest.fixture
-def network(model):
-    return model.model.diffusion_model
+def state_of(model):
+    """Every instance attribute and weight of every module, and how the weights lie in memory."""
+    modules = {name: dict(vars(module)) for name, module in model.model.named_modules()}
+    weights = {name: (p, p.stride(), p.detach().clone()) for name, p in model.model.named_parameters()}
+    return modules, weights
 
 
-def run(network, batch=3, seed=0, **changes):
-    g = torch.Generator().manual_seed(seed)
-    width = network.input_blocks[1][1].transformer_blocks[0].attn2.to_k.in_features
-    args = {
-        "x": torch.randn(batch, 4, 8, 8, generator=g),
-        "timesteps": torch.arange(batch) * 100.0 + 5,
-        "context": torch.randn(batch, 7, width, generator=g),
-        "transformer_options": {},
-    }
-    with torch.inference_mode():
-        return network(**{**args, **changes})
+def same(before, after):
+    for name, attributes in before[0].items():
+        assert attributes.keys() == after[0][name].keys(), name
+    for name, (parameter, stride, value) in before[1].items():
+        now = after[1][name]
+        assert now[0] is parameter and now[1] == stride and torch.equal(now[2], value), name
 
 
-def test_the_network_gives_the_same_pictures_and_is_given_back(network):
-    cases = [(1, 0), (3, 0), (3, 1), (3, 0)]
-    before = [run(network, *case) for case in cases]
-    handle = accelerate(network)
-    assert handle.families == ["OpenAI / latent-diffusion UNetModel"]
-    assert not handle.skipped and sum(kind == "ResBlock" for _, kind, _ in handle.patched) >= 4
-    for case, expected in zip(cases, before, strict=True):
-        torch.testing.assert_close(run(network, *case), expected, rtol=1e-5, atol=1e-5)
-    handle.undo()
-    assert run(network, *cases[0]).equal(before[0])
+@pytest.mark.parametrize("sampler", ["tdpm", "euler_ancestral"])
+def test_the_picture_is_the_same_to_rounding(comfy, tiny, fast, sampler):
+    job = {"latent": comfy.latent(2), "cfg": 4.0, "sampler": sampler}
+    plain, quick = comfy.ksampler(tiny.model, **job), comfy.ksampler(fast, **job)
+    scale = 0.18215
+    torch.testing.assert_close(quick.samples * scale, plain.samples * scale, rtol=0, atol=1e-4)
+    assert quick.used_prior == (sampler == "tdpm") and len(quick.sigmas) == len(plain.sigmas)
 
 
-def test_a_lora_applied_by_comfyui_meanwhile_counts(comfy, model):
-    plain = copy.deepcopy(model.model.diffusion_model)
-    accelerate(model.model.diffusion_model)
-    first = run(model.model.diffusion_model)
-    torch.testing.assert_close(first, run(plain), rtol=1e-5, atol=1e-5)
-    patched = comfy.with_lora(model)
-    patched.patch_model(device_to=torch.device("cpu"))
-    changed = run(model.model.diffusion_model)
-    handle = accelerate(model.model.diffusion_model)
-    handle.undo()
-    torch.testing.assert_close(changed, run(model.model.diffusion_model), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(changed, first, atol=1e-4)
-    patched.unpatch_model()
+def test_the_network_is_changed_during_a_run_and_as_before_afterwards(comfy, tiny, n):
+    comfy.ksampler(tiny.model)  # loaded
+    before, seen = state_of(tiny.model), []
+
+    def look(apply_model, call):
+        seen.append("_tdpm_handle" in vars(tiny.model.model))
+        return apply_model(call["input"], call["timestep"], **call["c"])
+
+    fast = n.TDPMAccelerate().accelerate(tiny.model, "auto", "exact")[0]
+    fast.set_model_unet_function_wrapper(look)
+    comfy.watched = lambda model, run: model  # keep ours
+    try:
+        run = comfy.ksampler(fast)
+    finally:
+        del comfy.watched
+    assert seen == [True] * 4
+    assert any("OpenAI / latent-diffusion UNetModel" in line for line in run.log)
+    same(before, state_of(tiny.model))
 
 
-def test_a_network_with_a_forward_of_its_own_is_left_alone(comfy):
-    handle = accelerate(comfy.tiny.tiny_model().model)
-    assert not handle.patched and "overrides UNetModel.forward" in handle.report()
+def test_other_models_give_the_same_bits_before_between_and_after(comfy, tiny, fast):
+    runs = [comfy.ksampler(model).samples for model in (tiny.model, fast, tiny.model, fast, tiny.model)]
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[0], runs[4]) and torch.equal(runs[1], runs[3])
 
 
-def test_weights_that_comfyui_casts_in_every_call_are_not_remembered(network):
-    plain = copy.deepcopy(network)
-    accelerate(network)
-    run(network)
-    for m in (network, plain):
-        for module in m.modules():
-            if hasattr(module, "comfy_cast_weights"):
-                module.comfy_cast_weights = True
-            if type(module).__name__ == "Linear" and hasattr(module, "weight_function"):
-                module.weight_function = [lambda weight: weight * 1.25]
-    torch.testing.assert_close(run(network), run(plain), rtol=1e-5, atol=1e-5)
+def test_the_report_is_given_once(comfy, tiny, n):
+    fast = n.TDPMAccelerate().accelerate(tiny.model, "auto", "exact")[0]
+    reports = [sum("accelerate:" in line for line in comfy.ksampler(fast).log) for _ in range(3)]
+    assert reports == [1, 0, 0]
+
+
+def test_accelerating_twice_is_accelerating_once(comfy, tiny, fast, n):
+    again = n.TDPMAccelerate().accelerate(fast, "off", "exact")[0]
+    assert len(again.get_all_callbacks("on_pre_run")) == len(again.get_all_callbacks("on_cleanup")) == 1
+    assert torch.equal(comfy.ksampler(again).samples, comfy.ksampler(fast).samples)
+
+
+def test_an_error_in_a_run_leaves_the_network_as_it_was(comfy, tiny, fast):
+    before = state_of(tiny.model)
+
+    def fail(apply_model, call):
+        raise RuntimeError("ours")
+
+    model = fast.clone()
+    model.set_model_unet_function_wrapper(fail)
+    comfy.watched = lambda model, run: model
+    try:
+        with pytest.raises(RuntimeError, match="ours"):
+            comfy.ksampler(model)
+    finally:
+        del comfy.watched
+    same(before, state_of(tiny.model))
+
+
+def test_loras_and_control_nets_act_as_before(comfy, tiny, fast):
+    controlled = {"positive": comfy.controlled(comfy.tiny.conditioning(1), 1.0)}
+    for slow, quick, job in (
+        (comfy.with_lora(tiny.model), comfy.with_lora(fast), {}),
+        (tiny.model, fast, controlled),
+    ):
+        plain, run = comfy.ksampler(slow, **job).samples, comfy.ksampler(quick, **job).samples
+        torch.testing.assert_close(run * 0.18215, plain * 0.18215, rtol=0, atol=1e-4)
+        assert float((plain - comfy.ksampler(tiny.model).samples).abs().max()) > 1e-3
+
+
+def test_what_cannot_be_met_is_said_in_words(comfy, tiny, n):
+    model = n.TDPMAccelerate().accelerate(tiny.model, "on", "exact")[0]
+    if torch.cuda.is_available():
+        pytest.skip("graphs can be met here")
+    with pytest.raises(RuntimeError, match="the model is not on a GPU"):
+        comfy.ksampler(model)
+    assert comfy.ksampler(tiny.model).used_prior

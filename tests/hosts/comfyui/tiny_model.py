@@ -23,8 +23,8 @@ class TinyUNet(UNetModel):
         super().__init__(*args, **kwargs)
         self.table, self.prediction = sigmas, prediction
 
-    def forward(self, x, timesteps=None, **kwargs):
-        rough = 0.05 * super().forward(x, timesteps, **kwargs)
+    def _forward(self, x, timesteps=None, *args, **kwargs):
+        rough = 0.05 * super()._forward(x, timesteps, *args, **kwargs)
         if self.prediction == "flow":
             return rough - x
         sigma = self.table[timesteps.long()].view(-1, 1, 1, 1)
