@@ -38,6 +38,7 @@ class Program:
 
 
 PROGRAMS = {
+    "a1111": Program("the web UI (A1111, Forge, reForge)", "a1111_extension", "extensions", "tdpm", ("models/tdpm",)),
     "comfyui": Program("ComfyUI", "comfyui_node", "custom_nodes", "comfyui-tdpm", ("models/tdpm",)),
 }
 

@@ -75,7 +75,7 @@ CLIENTS = {"k_diffusion", "diffusers"}
 OPTIONAL = {"PIL", "scipy", "matplotlib", "sklearn", "accelerate"}
 INSIDE_FUNCTIONS = {
     "checkpoints": CLIENTS,
-    "hosts": CLIENTS | {"comfy", "folder_paths", "modules", "modules_forge", "transformers"},
+    "hosts": CLIENTS | {"comfy", "folder_paths", "gradio", "modules", "modules_forge", "transformers"},
     "optional": CLIENTS,
     "kernels": {"triton", "xformers"},
     "schedule": set(),
@@ -83,8 +83,11 @@ INSIDE_FUNCTIONS = {
     "ideal": set(),
     **{name: CLIENTS | OPTIONAL | {"triton", "xformers"} for name in FRONT},
 }
-# Modules that import a host's package at their top, because they derive from its classes: imported in functions only.
-DERIVED = {"tdpm_ext.hosts.diffusers_scheduler": {"diffusers"}}
+# Modules that derive from a host's classes, and so import its package at their top: imported in functions only.
+DERIVED = {
+    "tdpm_ext.hosts.a1111_extension.scripts.tdpm": {"gradio", "modules"},
+    "tdpm_ext.hosts.diffusers_scheduler": {"diffusers"},
+}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 _HOSTS = {  # name: the module with an ``install()``
+    "a1111": "tdpm_ext.hosts.a1111",
     "comfyui": "tdpm_ext.hosts.comfyui",
     "k_diffusion": "tdpm_ext.hosts.k_diffusion",
 }
