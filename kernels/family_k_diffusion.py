@@ -177,6 +177,9 @@ def image_v1(
     return (x, logvar) if self.has_variance and return_variance else x
 
 
+image_v1.__name__ = "forward"  # its bound method takes that one's place, and graphs look at the name
+
+
 def _conditions(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> dict:
     """k-diffusion's dict of conditions, with the table where it can be used."""
     cache, mappers = module._tdpm_rows, module._tdpm_mappers

@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter
 
-import torch
 from torch import Tensor, nn
 
 from tdpm_ext.kernels import ops
 from tdpm_ext.kernels.caches import LastPrompt, Projections, PromptCache, capturing, hooked, remembered
-from tdpm_ext.kernels.family import Family, Rule, add_into, may_run, norm_act, ordinary
+from tdpm_ext.kernels.family import Family, Rule, add_into, may_run, network, norm_act, ordinary
 
 _ACTS = {nn.SiLU: "silu", nn.GELU: "gelu"}
 
@@ -148,14 +147,6 @@ _OUT = (nn.GroupNorm, nn.SiLU, nn.Dropout, nn.Conv2d)
 
 
 # both
-
-
-def network(self, *args, **kwargs):
-    """The whole network as it is, told apart from its last call."""
-    if not torch.compiler.is_compiling():
-        for cache in self._tdpm_caches:
-            cache.new_call()
-    return ordinary(self, *args, **kwargs)
 
 
 def group_norm(self, input):

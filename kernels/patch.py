@@ -13,15 +13,16 @@ from types import MethodType
 import torch
 from torch import nn
 
-from tdpm_ext.kernels import family_k_diffusion, family_resnet
+from tdpm_ext.kernels import family_k_diffusion, family_resnet, family_transformer
 from tdpm_ext.kernels.facts import KernelError
 from tdpm_ext.kernels.family import Family, Rule, why_not
+from tdpm_ext.kernels.graphs import GraphedForward
 from tdpm_ext.kernels.tiers import Compiled, Half
 
 log = logging.getLogger("tdpm_ext")
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("exact", "half", "compile")
-FAMILIES = (family_k_diffusion.FAMILY, *family_resnet.FAMILIES)
+FAMILIES = (family_k_diffusion.FAMILY, *family_transformer.FAMILIES, *family_resnet.FAMILIES)
 MARK = "_tdpm_"  # of everything that is put on a module
 
 
@@ -42,6 +43,7 @@ class Handle:
         self._modules: list[nn.Module] = []
         self._moved: list[nn.Parameter] = []
         self._halves: list[Half] = []
+        self._graphs: list[GraphedForward] = []
 
     @property
     def active(self) -> bool:
@@ -50,6 +52,8 @@ class Handle:
 
     def refresh(self) -> None:
         """Drop everything remembered. Needed only after weights on a GPU were edited through ``.data``."""
+        for graphed in self._graphs:
+            graphed.reset()
         for module in self._modules:
             for value in vars(module).values():
                 for cache in value if isinstance(value, tuple) else (value,):
@@ -60,6 +64,8 @@ class Handle:
         """The model as it was, bit for bit, except for edits made to its weights meanwhile. Again: nothing happens."""
         if not self.active:
             return
+        for graphed in self._graphs:
+            graphed.reset()
         for half in self._halves:
             half.restore()
         for module in self._modules:
@@ -68,7 +74,7 @@ class Handle:
             vars(module).pop("forward", None)
         for parameter in self._moved:
             parameter.data = parameter.data.contiguous()
-        self._modules, self._moved, self._halves = [], [], []
+        self._modules, self._moved, self._halves, self._graphs = [], [], [], []
         vars(self.model).pop(MARK + "handle", None)
 
     def __enter__(self) -> Handle:
@@ -84,7 +90,8 @@ class Handle:
             count = sum((kind, text) == what for _, kind, text in self.patched)
             lines.append(f"  {count:4d} x {what[0]}: {what[1]}")
         lines += [f"  left alone: {name or 'the model'} ({kind}): {why}" for name, kind, why in self.skipped]
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+        reasons = [f"graphs: not for {reason}" for graphed in self._graphs for reason in graphed.reasons]
+        return "\n".join(lines + [f"  {note}" for note in self.notes + reasons])
 
     def __repr__(self) -> str:
         return f"Handle({len(self.patched)} patched, {len(self.skipped)} skipped, active={self.active})"
@@ -93,11 +100,11 @@ class Handle:
 def accelerate(model: nn.Module, *, graphs: str = "auto", precision: str = "exact") -> Handle:
     """Make a denoiser's network faster where it is, without changing what it computes.
 
-    Known networks are found inside whatever wraps them: k-diffusion's ``image_v1``, diffusers' ``UNet2DModel`` and
-    ``UNet2DConditionModel``, the OpenAI / latent-diffusion ``UNetModel`` of ComfyUI and A1111. Their norms,
-    activations and conditioning are fused, memory is channels_last throughout, and what depends on the noise level
-    or the prompt alone is computed once. It applies in inference (``torch.no_grad``) and steps aside where gradients,
-    autocast or hooks on fused modules are at work.
+    Known networks are found inside whatever wraps them: k-diffusion's ``image_v1`` and its transformers, diffusers'
+    ``UNet2DModel`` and ``UNet2DConditionModel``, the OpenAI / latent-diffusion ``UNetModel`` of ComfyUI and A1111.
+    Their norms, activations and conditioning are fused, memory is channels_last throughout, and what depends on the
+    noise level or the prompt alone is computed once. It applies in inference (``torch.no_grad``) and steps aside
+    where gradients, autocast or hooks on fused modules are at work.
 
     Args:
         model: any module that contains a known network.
@@ -167,10 +174,17 @@ def _accelerate_root(handle: Handle, family: Family, name: str, root: nn.Module)
         body = family.body(root)
         usual = vars(body).get("forward") or MethodType(type(body).forward, body)
         _replace(handle, body, Compiled(usual, handle.notes))
-    if handle.precision == "half":
-        half = Half(family.narrow(root), vars(root)["forward"], handle.notes)
+    narrow = family.narrow(root)
+    if handle.precision == "half" and narrow:
+        half = Half(narrow, vars(root)["forward"], handle.notes)
         handle._halves.append(half)
         _replace(handle, root, half)
+    elif handle.precision == "half":
+        handle.notes.append(f"half: not for {family.title}, whose embeddings need float32")
+    if handle.graphs != "off" and any(p.is_cuda for p in root.parameters()):
+        graphed = GraphedForward(vars(root)["forward"], watch=(root,))
+        handle._graphs.append(graphed)
+        _replace(handle, root, graphed)
 
 
 def _patch(handle: Handle, rules: dict[str, Rule], path: str, module: nn.Module) -> None:

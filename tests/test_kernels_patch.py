@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import shutil
 
 os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
 
@@ -339,3 +340,72 @@ def test_half_precision_taken_is_close_and_keeps_edits_made_meanwhile(model, mon
     fresh = [m for m in build().modules() if isinstance(m, nn.Conv2d)]
     assert convs[1].weight.equal(fresh[1].weight) and convs[1].weight.to(torch.bfloat16).equal(untouched)
     torch.testing.assert_close(convs[0].weight, fresh[0].weight * 2, rtol=1e-2, atol=1e-3)
+
+
+TRANSFORMERS = {
+    "image_transformer_v1": {"patch_size": [2, 2], "depth": 2, "width": 64},
+    "image_transformer_v2": {
+        "patch_size": [2, 2],
+        "depths": [1, 2],
+        "widths": [64, 128],
+        "self_attns": [
+            {"type": "shifted-window", "d_head": 32, "window_size": 3},
+            {"type": "global", "d_head": 32},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers_give_the_same_pictures_and_notice_edits(kind):
+    pytest.importorskip(f"k_diffusion.models.{kind}")
+    base = {"type": kind, "input_channels": 3, "input_size": [12, 12], "sigma_max": 80, "sigma_min": 0.01}
+    config = K.config.load_config({"model": {**base, **TRANSFORMERS[kind]}, "dataset": {"num_classes": 4}})
+    torch.manual_seed(0)
+    inner = K.config.make_model(config).eval().requires_grad_(False)
+    for p in inner.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    model = K.config.make_denoiser_wrapper(config)(inner)
+
+    def draw(model):
+        g = torch.Generator().manual_seed(0)
+        x, sigma = torch.randn(3, 3, 12, 12, generator=g), torch.tensor([0.1, 1.0, 1.0])
+        with torch.no_grad():
+            return model(x, sigma, class_cond=torch.tensor([0, 1, 1]))
+
+    plain = copy.deepcopy(model)
+    handle = accelerate(model)
+    assert not handle.skipped and sum(name == "AdaRMSNorm" for _, name, _ in handle.patched) >= 4
+    for _ in range(2):
+        torch.testing.assert_close(draw(model), draw(plain), rtol=1e-5, atol=1e-5)
+    for m in (model, plain):
+        for n, p in m.named_parameters():
+            if n.endswith("norm.linear.weight"):
+                p.mul_(2)
+    torch.testing.assert_close(draw(model), draw(plain), rtol=1e-5, atol=1e-5)
+    handle.undo()
+    assert draw(model).equal(draw(plain))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: Inductor cannot build CPU code here")
+def test_the_compiled_tier_gives_the_same_pictures_and_says_what_it_measured():
+    model = build(depths=[1], channels=[32], self_attn_depths=[False])
+    before = run(model, 2)
+    handle = accelerate(model, precision="compile")
+    for _ in range(2):
+        torch.testing.assert_close(run(model, 2), before, rtol=0, atol=1e-5)
+    assert len(handle.notes) == 1 and "compile: " in handle.notes[0] and " ms against " in handle.notes[0]
+    handle.undo()
+    assert run(model, 2).equal(before)
+
+
+def test_without_a_compiler_the_exact_tier_goes_on_and_says_why(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch.compiler.reset()
+    model = build(depths=[1], channels=[64], self_attn_depths=[False])
+    before = run(model, 2)
+    with torch._inductor.utils.fresh_cache():
+        handle = accelerate(model, precision="compile")
+        torch.testing.assert_close(run(model, 2), before, rtol=0, atol=1e-5)
+    assert "not possible here" in handle.report()
