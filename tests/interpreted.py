@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 import tdpm_ext.kernels
 
 PACKAGE = "tdpm_ext.kernels"
-FRONT, BACK = 64, 64  # elements of poison before and after
+FRONT, BACK = 64, 16384  # elements of poison before and after: more than a stray tile of a small test reaches
 # bit patterns of quiet NaNs that no arithmetic makes; plain large numbers for integers
 POISON = {
     torch.float16: 0x7E5A,
@@ -70,6 +70,8 @@ def load_interpreted(name: str, folder: Path | str | None = None) -> types.Modul
     package = tdpm_ext.kernels
     before = {key: sys.modules.pop(key) for key in list(sys.modules) if key.startswith(PACKAGE + ".")}
     attributes, path = dict(vars(package)), package.__path__
+    for key in before:  # `from . import name` looks here first
+        vars(package).pop(key.removeprefix(PACKAGE + "."), None)
     try:
         if folder is not None:
             package.__path__ = [str(folder)]
@@ -153,17 +155,22 @@ def canary(like: Tensor, *, gaps: Sequence[int] = (0,), gap: int = 16, poisoned:
         strides[axis] = extent
         extent *= like.shape[axis]
     flat = torch.empty(FRONT + extent + BACK, dtype=like.dtype, device=like.device)
-    flat.view(BITS[like.element_size()]).fill_(POISON[like.dtype])
+    # Outputs have another poison: one that was read outside of an input, and written outside of an output, is seen.
+    poison = POISON[like.dtype] + poisoned
+    flat.view(BITS[like.element_size()]).fill_(poison)
     view = flat.as_strided(like.shape, strides, FRONT)
-    return view if poisoned else view.copy_(like)
+    if not poisoned:
+        view.copy_(like)
+    view.poison = poison
+    return view
 
 
 def check_canary(*views: Tensor, written: bool = True) -> None:
     """Assert that nothing was written around tensors made by ``canary``, and, if ``written``, that all of them was."""
     for view in views:
         flat = view._base
-        bits, poison = flat.view(BITS[view.element_size()]), POISON[view.dtype]
-        inside = torch.zeros(flat.numel(), dtype=torch.bool)
+        bits, poison = flat.view(BITS[view.element_size()]), view.poison
+        inside = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
         inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
         stray = ((bits != poison) & ~inside).nonzero().flatten()
         assert stray.numel() == 0, f"{stray.numel()} elements written outside, the first {int(stray[0]) - FRONT} away"
