@@ -26,6 +26,7 @@ OPTIONAL = {  # import name: what it is for, what installs it
     "triton": ("GPU kernels", "tdpm-ext[triton]"),
     "xformers": ("attention on NVIDIA GPUs", "tdpm-ext[xformers]"),
 }
+KERNELS = "tdpm_ext.kernels"
 DISTRIBUTIONS = {"k_diffusion": "k-diffusion", "PIL": "pillow"}
 TIMEOUT = 180  # seconds for one import
 # Prints one line of JSON; whatever the package prints while it is imported comes before it.
@@ -43,6 +44,10 @@ try:
                            f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}, "
                            f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in gpus],
                   "mps": torch.backends.mps.is_available()}
+    elif sys.argv[1] == "tdpm_ext.kernels":
+        from tdpm_ext.kernels import report
+        found = report()
+        answer = {"backends": found["backends"], "requests": found["requests"], "lines": str(found).splitlines()}
 except BaseException as error:
     answer = {"error": str(error), "kind": type(error).__name__, "name": getattr(error, "name", None)}
 print()
@@ -72,8 +77,8 @@ class Problem:
 
 def run(*, as_json: bool = False) -> int:
     """Print the report; 0 if ``tdpm`` is usable here, else 1."""
-    packages = probe((*REQUIRED, *OPTIONAL))
-    found = examine(packages)
+    packages = probe((*REQUIRED, *OPTIONAL, KERNELS))
+    found = examine(packages, packages.pop(KERNELS))
     print(json.dumps(found, indent=2) if as_json else "\n".join(_text(found)))
     return 0 if found["usable"] else 1
 
@@ -86,8 +91,9 @@ def probe(names: tuple[str, ...]) -> dict[str, Package]:
     return {name: _outcome(name, running.get(name)) for name in names}
 
 
-def examine(packages: dict[str, Package]) -> dict:
+def examine(packages: dict[str, Package], kernels: Package | None = None) -> dict:
     """The report as plain JSON: versions, GPU, hosts, kernels, problems with their fixes, and ``usable``."""
+    kernels = kernels or Package(KERNELS, None, "missing")
     problems = [_problem(package) for package in packages.values() if package.state == "broken"]
     for package in packages.values():
         if package.state == "missing" and package.name in REQUIRED:
@@ -108,7 +114,7 @@ def examine(packages: dict[str, Package]) -> dict:
         "torch_build": build,
         "gpus": gpus,
         "hosts": {name: packages[name].state if name in packages else "unknown" for name in list_hosts()},
-        "kernels": "installed" if _spec_exists("tdpm_ext.kernels.registry") else "none; plain torch is used",
+        "kernels": kernels.facts or {"state": kernels.state, "reason": kernels.reason},
         "problems": [asdict(problem) for problem in problems],
     }
 
@@ -166,10 +172,16 @@ def _text(found: dict) -> list[str]:
         purpose = OPTIONAL.get(name, ("needed", ""))[0]
         lines.append(f"  {name:<12} {package['version'] or '-':<16} {package['state']:<8} {purpose}")
     lines += ["", f"torch build  {found['torch_build']}", f"GPU          {'; '.join(found['gpus']) or 'none'}"]
-    lines += [f"kernels      {found['kernels']}"]
+    lines += _kernel_lines(found["kernels"])
     lines += [f"hosts        {', '.join(f'{name} {state}' for name, state in found['hosts'].items())}", ""]
     for problem in found["problems"]:
         lines += [f"{'PROBLEM' if problem['serious'] else 'note'}: {problem['what']}", f"  do: {problem['fix']}"]
     missing = [n for n, p in found["packages"].items() if p["state"] == "missing" and n in OPTIONAL]
     lines += [f"without {n} ({OPTIONAL[n][0]}): pip install '{OPTIONAL[n][1]}'" for n in missing]
     return [*lines, "tdpm can be used here." if found["usable"] else "tdpm cannot be used here until this is mended."]
+
+
+def _kernel_lines(kernels: dict) -> list[str]:
+    if "lines" not in kernels:
+        return [f"kernels      {kernels['state']}; plain torch is used {kernels['reason']}".rstrip()]
+    return ["kernels", *(f"  {line}" for line in kernels["lines"])]

@@ -472,6 +472,19 @@ def test_doctor_reports_this_machine(capsys):
     } or (found["packages"]["torch"]["version"] == torch.__version__)
     assert found["packages"]["k_diffusion"]["state"] == "works" and found["hosts"] == {"k_diffusion": "works"}
     assert found["problems"] == [] or all(p["fix"] for p in found["problems"])
+    assert set(found["kernels"]["backends"]) == {"group_norm", "attention", "sampler_step"}
+    assert found["kernels"]["backends"]["attention"]["sdpa"] == "can be used here"
+
+
+def test_doctor_shows_the_kernels_and_lives_without_them():
+    from tdpm_ext.kernels import report
+
+    answer = {"backends": report()["backends"], "lines": str(report()).splitlines()}
+    shown = doctor._text(doctor.examine(packages(), doctor.Package(doctor.KERNELS, None, "works", facts=answer)))
+    assert any("sdpa" in line and "can be used here" in line for line in shown)
+    broken = doctor.Package(doctor.KERNELS, None, "broken", "KernelError: TDPM_KERNELS='fast' in the environment")
+    found = doctor.examine(packages(), broken)
+    assert found["usable"] and any("TDPM_KERNELS='fast'" in line for line in doctor._text(found))
 
 
 def test_doctor_tells_what_to_do_and_when_it_is_serious():
