@@ -121,6 +121,18 @@ def test_the_network_is_called_as_often_as_steps_were_asked_for(steps, sd):
         assert len(calls) == steps or (schedule == "cut" and len(calls) < steps)
 
 
+def test_the_priors_own_network_calls_count_as_steps(sd, heard):
+    prior = tiny.prior()
+    prior.prior_nfe = 1
+    for height in (16, 32):  # the latter has no use for the prior, and is finished all the same
+        with Calls(sd.unet) as calls:
+            made = host.sample(sd, prior, seeds=[0], num_inference_steps=4, height=height, width=16, **TEXT)[0]
+        assert len(calls) == 3 and made.shape[2] == height // 2 and made.isfinite().all()
+    with Calls(sd.unet) as calls:
+        host.sample(sd, prior, seeds=[0], num_inference_steps=1, **TEXT)
+    assert len(calls) == 1 and "makes 1 network calls and the budget is 1" in heard.text
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_it_is_our_own_solver_to_the_last_digits(prediction, folder):
     pipe, prior = exact(folder, prediction), planned(tiny.prior())
