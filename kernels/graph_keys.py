@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tdpm_ext.kernels import registry
 
 BY_VALUE = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-# Attributes by which adapters (peft, kohya and their kin) change what a module computes without touching a parameter.
+# Attributes by which adapters (peft, kohya and their kin) change what a module computes without touching a parameter,
+# and the one of accelerate's hooks that move weights about.
 ADAPTER_STATE = ("scaling", "scale", "multiplier", "strength", "enabled", "merged_adapters", "_active_adapter",
-                 "_disable_adapters")  # fmt: skip
+                 "_disable_adapters", "_hf_hook")  # fmt: skip
 
 
 class Refused(Exception):
@@ -186,22 +187,25 @@ class Watched:
         seen: list = []
         for tensor in self.tensors:
             seen += (tensor.data_ptr(), _version(tensor))
+        hooks_outside = None if self.forward_of is None else self.forward_of.__dict__
         waiting = list(self.modules)
         while waiting:  # a U-Net has 700 modules, and this runs before every replay: no calls that can be spared
-            module = waiting.pop()
-            own = module.__dict__
-            if (module._forward_hooks or module._forward_pre_hooks) and module is not self.forward_of:
-                raise Refused(f"a hook on {type(module).__name__} would run at capture only")
-            if "_hf_hook" in own:
-                raise Refused(f"{type(module).__name__} is moved about by accelerate")
-            seen += (id(module), module.training)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    seen += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-            for name in ADAPTER_STATE:
-                if name in own:
-                    seen.append(_plain(own[name]))
-            waiting.extend(m for m in module._modules.values() if m is not None)
+            own = waiting.pop().__dict__
+            if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and own is not hooks_outside:
+                raise Refused("a hook inside would run at capture only")
+            seen.append(own["training"])
+            for held in (own["_parameters"], own["_buffers"]):
+                for tensor in held.values():
+                    if tensor is not None:
+                        seen += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+            if not own.keys().isdisjoint(ADAPTER_STATE):
+                if "_hf_hook" in own:
+                    raise Refused("its weights are moved about by accelerate")
+                seen += [_plain(own.get(name)) for name in ADAPTER_STATE]
+            inner = own["_modules"]
+            if inner:
+                seen += map(id, inner.values())
+                waiting += [m for m in inner.values() if m is not None]
         return tuple(seen)
 
     def check_for_capture(self, device: torch.device) -> None:

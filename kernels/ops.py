@@ -173,14 +173,18 @@ def full_mask(mask: Tensor, *, wait: bool = True) -> bool:
     """
     if type(mask) is not Tensor:  # fake, functional and other traced tensors have no values to look at
         return False
-    version = -1 if mask.is_inference() else mask._version
+    if mask.is_inference():  # its writes are not counted, so nothing may be remembered
+        return (wait or mask.is_cpu) and _lets_everything_through(mask)
     known = _full_masks.get(mask)
-    if known is None or known[0] != version:
+    if known is None or known[0] != mask._version:
         if not (wait or mask.is_cpu):
             return False
-        full = bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
-        known = _full_masks[mask] = (version, full)
+        known = _full_masks[mask] = (mask._version, _lets_everything_through(mask))
     return known[1]
+
+
+def _lets_everything_through(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
 
 
 # One step of a sampler

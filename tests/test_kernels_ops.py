@@ -176,11 +176,13 @@ def test_a_mask_that_lets_everything_through_is_dropped(mask, full, monkeypatch)
     assert (given_[0] is None) is full is ops.full_mask(mask)
 
 
-def test_what_is_known_of_a_mask_is_forgotten_when_it_changes():
-    mask = torch.ones(3, 3, dtype=torch.bool)
-    assert ops.full_mask(mask)
-    mask[0, 0] = False
-    assert not ops.full_mask(mask)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_known_of_a_mask_is_forgotten_when_it_changes(inference):
+    with torch.inference_mode(inference):
+        mask = torch.ones(3, 3, dtype=torch.bool)
+        assert ops.full_mask(mask)
+        mask[0, 0] = False
+        assert not ops.full_mask(mask)
 
 
 def test_a_mask_that_learns_is_not_dropped():
