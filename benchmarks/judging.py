@@ -54,14 +54,14 @@ class Judge:
         net: features of pictures [B, C, H, W] in [-1, 1]; has ``dim``.
         name: how distances in its features are called, as "FD-CNN128".
         real: the evaluation half, uint8; samples are judged against all of it.
-        fit: the fit half, uint8: gives the floor, and what samples must not copy.
+        fit: the fit half, uint8: gives the floor, and what samples must not copy; None where there is none.
         cache: folder for features of real pictures (None: nothing is kept).
     """
 
     net: torch.nn.Module
     name: str
     real: Pictures
-    fit: Pictures
+    fit: Pictures | None
     cache: Path | None = CACHE
 
     @classmethod
@@ -92,7 +92,11 @@ class Judge:
 
     def features(self, x: torch.Tensor, batch: int = 250) -> np.ndarray:
         """Standardised features [N, D] of float pictures, clamped to [-1, 1] first as a file would clamp them."""
-        return metrics.standardise(self.raw, nets.extract(self.net, x.float().clamp(-1, 1), batch))[1]
+        return self.standardised(raw_features(self.net, x, batch))
+
+    def standardised(self, raw: np.ndarray) -> np.ndarray:
+        """Features as the network gives them [N, D] -> standardised by the evaluation half."""
+        return metrics.standardise(self.raw, raw)[1]
 
     def fd(self, x: torch.Tensor) -> float:
         """Frechet distance alone: what a search looks at."""
@@ -116,8 +120,10 @@ class Judge:
 
     def floor(self, count: int) -> metrics.Estimate:
         """What ``count`` real pictures of the fit half get, in the evaluation half's own class proportions."""
+        if self.fit is None:
+            raise ValueError("no fit half, so no floor: real pictures outside the evaluation half are needed")
         count = min(count, len(self.fit))
-        other = metrics.standardise(self.raw, nets.cached_features(self.net, self.fit.images, self.cache))[1]
+        other = self.standardised(nets.cached_features(self.net, self.fit.images, self.cache))
         labels = None if self.fit.labels is None else self.fit.labels.numpy()
         return metrics.floor(self.reference, other, count, labels=labels)
 
@@ -129,6 +135,11 @@ class Judge:
         """Whether ``x`` copies pictures of the fit half, with as many pictures of the evaluation half beside it."""
         held = to_unit(self.real.images[spread(len(self.real), len(x))])
         return metrics.memorisation(x.float().clamp(-1, 1), held, to_unit(self.fit.images))
+
+
+def raw_features(net: torch.nn.Module, x: torch.Tensor, batch: int = 250) -> np.ndarray:
+    """Features [N, D] of float pictures as the network gives them, clamped to [-1, 1] first as a file would be."""
+    return nets.extract(net, x.float().clamp(-1, 1), batch)
 
 
 def load_net(features: str) -> tuple[torch.nn.Module, str]:
