@@ -112,8 +112,6 @@ class TDPMScheduler(KScheduler):
         self.sigmas = way.sigmas.float()
         self.timesteps = self.timesteps_at(way.sigmas[:-1].tolist(), self.timesteps.device)
         self.num_inference_steps = len(self.timesteps)
-        calls = way.calls + self.prior.prior_nfe
-        log.info("tdpm: prior used, sigma_trunc=%.4g, %d calls%s", way.sigmas[0].item(), calls, self._guidance_note())
 
     def set_begin_index(self, begin_index: int = 0):
         """Pipelines that start from a picture skip the first steps; then the prior stays out."""
@@ -184,11 +182,13 @@ class TDPMScheduler(KScheduler):
             return verdict.reason, None
         return verdict.reason, route.truncated(levels, plan, options.schedule, budget - prior.prior_nfe)
 
-    def _guidance_note(self) -> str:
+    def _tell(self) -> None:
+        """Say that the prior is used, and whether for another guidance than it was fitted at."""
         fitted, used = self.prior.card.get("cond_scale"), getattr(self._pipe(), "guidance_scale", None)
-        if self.prior.card.get("source") != "denoiser" or not isinstance(used, int | float) or fitted in (None, used):
-            return ""
-        return f" (the prior was fitted at guidance {fitted:g}, this run has {used:g})"
+        note, calls = "", self._way.calls + self.prior.prior_nfe
+        if self.prior.card.get("source") == "denoiser" and isinstance(used, int | float) and fitted not in (None, used):
+            note = f" (the prior was fitted at guidance {fitted:g}, this run has {used:g})"
+        log.info("tdpm: prior used, sigma_trunc=%.4g, %d calls%s", self._way.sigmas[0].item(), calls, note)
 
     def _here(self, sample: torch.Tensor) -> torch.Tensor:
         """float32 x [B, ...] at the current sigma."""
@@ -200,6 +200,8 @@ class TDPMScheduler(KScheduler):
         if self._drawn is None or not torch.equal(self._drawn[0], noise):
             if self._first is not None:
                 raise ValueError("the pipeline changes x between network input and step: tdpm cannot run there")
+            if self._drawn is None:
+                self._tell()
             self._drawn = (noise, *start_from(self.prior, noise.float(), self._way, {}))
         x = self._drawn[1]
         return x if times == 1 else x.repeat(times, *[1] * (x.ndim - 1))
