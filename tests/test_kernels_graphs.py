@@ -90,6 +90,18 @@ def test_a_capture_computes_nothing_so_the_stand_in_would_catch_a_missing_replay
     assert torch.equal(output, model(x, sigma))
 
 
+def test_warm_up_makes_the_choices_of_the_capture(runtime):
+    """Else "auto" would take a Triton kernel at capture for the first time, and compile it there."""
+    seen = []
+
+    def fn(x):
+        seen.append(facts.is_capturing())
+        return x * 2
+
+    wrap(fn, runtime, watch=())(X)
+    assert seen == [True] * 4 and not facts.is_capturing()
+
+
 def test_outputs_are_copies_unless_borrowed(model, runtime):
     x, y, sigma = pictures(seed=1), pictures(seed=2), torch.ones(2)
     safe, lent = wrap(model, runtime), wrap(model, runtime, copy_outputs=False)
