@@ -108,7 +108,8 @@ def test_what_was_imported_before_stays_what_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     variant = next(v for v in triton_norm.aot_variants(90) if "merge" in v.name)
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": variant.num_warps})
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "ld.global" in compiled.asm["ptx"]
 
 
