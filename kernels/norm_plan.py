@@ -118,12 +118,16 @@ def supported(
     channels, pixels = shape[1], pixels_of(shape)
     if groups < 1 or channels % groups:
         return [*reasons, f"{channels} channels do not divide into {groups} groups"]
+    if 0 in shape:
+        return reasons  # nothing is launched for it
     if channels // groups > GROUP_MOST:
         reasons.append(f"{channels // groups} channels in a group; at most {GROUP_MOST}")
     if max(pixels, channels) >= INT32 // 2:
         reasons.append(f"{channels} channels x {pixels} pixels; each at most {INT32 // 2 - 1}")
-    elif programs(plan(tuple(shape), view, dtype, groups, 1), shape) > GRID_MOST:
-        reasons.append(f"shape {tuple(shape)} needs more than {GRID_MOST} programs")
+    else:  # on a small and on a large GPU, which may choose different forms
+        plans = (plan(tuple(shape), view, dtype, groups, processors) for processors in (1, 1024))
+        if max(programs(p, shape) for p in plans) > GRID_MOST:
+            reasons.append(f"shape {tuple(shape)} needs more than {GRID_MOST} programs")
     return reasons
 
 

@@ -109,6 +109,11 @@ def test_strides_are_taken_only_if_they_address_every_element(data):
     assert torch.equal(stored.flatten()[offsets], flat)
 
 
+@pytest.mark.parametrize("shape", [(0, 512, 65536), (1, 512, 0), (2, 0, 7)])
+def test_nothing_is_taken_whatever_its_shape(shape):
+    assert supported(shape, torch.empty(shape).stride(), torch.float16, 32) == []
+
+
 def test_a_group_too_large_for_the_merging_program_is_refused():
     channels = 2 * norm_plan.GROUP_MOST
     assert supported((1, channels, 2, 2), (4 * channels, 4, 2, 1), torch.float16, 2) == []
