@@ -1,0 +1,141 @@
+"""Frontier figures of a record of ``pareto.py``, as PNG and SVG: direct labels, error bars, legible without colour.
+
+Line style and marker say what colour says too: tdpm is solid with filled markers, the best of all rivals a heavy
+dashed line, single rivals thin with open markers, the floor dotted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import frontier
+
+OURS = {"mixture": ("#0b5394", "o"), "gaussian": ("#38761d", "s"), "lowrank": ("#7f3f98", "D")}
+THIN = ["v", "^", "<", ">", "p", "h", "X", "P", "d", "*"]
+COLUMNS = {"evaluations": "nfe", "milliseconds": "ms_per_picture"}
+AXES = {"evaluations": "network evaluations per picture", "milliseconds": "milliseconds per picture"}
+
+
+def series(record: dict, column: str) -> list[dict]:
+    """Lines of the figure: label, style, and (x, mean, sd) by rising x. Points without an x are left out."""
+    points = [p for p in record["points"] if p[column] is not None and p["target"] in ("fd", "quality", None)]
+    groups: dict[str, dict] = {}
+    for point in points:
+        request = point["request"]
+        if point["family"] == frontier.OURS:
+            label, style = f"tdpm, {request['prior']} prior", "ours"
+        elif point["family"] == "straw man":
+            label, style = point["arm"], "straw"
+        else:
+            label, style = request["sampler"], "rival"
+        group = groups.setdefault(label, {"label": label, "style": style, "prior": request["prior"], "points": []})
+        fd = point["measures"]["fd"]
+        group["points"].append((point[column], fd["mean"], fd["sd"] or 0.0))
+    rivals = [p for p in record["points"] if p["family"] in frontier.RIVALS and p[column] is not None]
+    out = [{**g, "points": sorted(set(g["points"]))} for g in groups.values()]
+    if rivals:
+        envelope = lower_envelope([(p[column], p["measures"]["fd"]["mean"], 0.0) for p in rivals])
+        out.append({"label": "best of all rivals", "style": "envelope", "prior": None, "points": envelope})
+    return out
+
+
+def lower_envelope(points: list[tuple]) -> list[tuple]:
+    """The points that are better than everything cheaper, carried on to the dearest of all."""
+    out: list[tuple] = []
+    for point in sorted(points):
+        if not out or point[1] < out[-1][1]:
+            out.append(point)
+    last = max(point[0] for point in points)
+    return out if out[-1][0] == last else [*out, (last, *out[-1][1:])]
+
+
+def draw(record: dict, stem: Path) -> list[Path]:
+    """Write STEM-evaluations and STEM-milliseconds as PNG and SVG; the latter pair only where times were taken."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    with matplotlib.rc_context({"svg.hashsalt": "tdpm", "font.size": 9, "axes.spines.top": False,
+                                "axes.spines.right": False}):  # fmt: skip
+        for name, column in COLUMNS.items():
+            lines = series(record, column)
+            if lines:
+                paths += _figure(record, lines, name, stem)
+    return paths
+
+
+def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path]:
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    thin = 0
+    ends = []
+    for line in lines:
+        x, y, sd = zip(*line["points"], strict=True)
+        style = _style(line, thin)
+        thin += line["style"] == "rival"
+        axes.errorbar(x, y, yerr=None if line["style"] == "envelope" else sd, capsize=2, elinewidth=0.8, **style)
+        ends.append((line["label"], x[-1], y[-1], style["color"], line["style"] in ("ours", "envelope")))
+    reference = record["reference"]["measures"]["fd"]["mean"]
+    for level, text, dash in ((record["floor"]["mean"], "floor: real pictures", ":"),
+                              (reference, "own 60-evaluation run", (0, (1, 3)))):  # fmt: skip
+        axes.axhline(level, color="black", linestyle=dash, linewidth=1)
+        axes.annotate(text, (0, level), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
+                      fontsize=8)  # fmt: skip
+    axes.set_xlabel(AXES[name] + (f" ({record['environment']['device']})" if name == "milliseconds" else ""))
+    axes.set_ylabel(f"{record['judge']}, lower is better")
+    axes.set_title(f"{record['name']}: {record['blocks']} blocks of {record['per_block']} seeds, mean and deviation",
+                   loc="left", fontsize=9)  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    if name == "evaluations":
+        axes.set_xticks(sorted({int(p[0]) for line in lines for p in line["points"]}))
+    figure.subplots_adjust(left=0.1, right=0.74, top=0.92, bottom=0.12)
+    _label_ends(figure, axes, ends)
+    paths = []
+    for suffix in ("png", "svg"):
+        path = stem.with_name(f"{stem.name}-{name}.{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+        figure.savefig(path, dpi=150, metadata=metadata)
+        paths.append(path)
+    plt.close(figure)
+    return paths
+
+
+def _style(line: dict, thin: int) -> dict:
+    if line["style"] == "ours":
+        color, marker = OURS.get(line["prior"], ("#a61c00", "o"))
+        return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8, "zorder": 4}
+    if line["style"] == "envelope":
+        return {"color": "black", "linestyle": "--", "linewidth": 2, "zorder": 3}
+    marker = THIN[thin % len(THIN)] if line["style"] == "rival" else "x"
+    return {"color": "#8a8a8a", "marker": marker, "markersize": 4.5, "markerfacecolor": "white", "linewidth": 0.9,
+            "zorder": 2}  # fmt: skip
+
+
+def _label_ends(figure, axes, ends: list[tuple]) -> None:
+    """Labels to the right of the axes in the order of the lines' ends, moved apart, each with a leader to its end."""
+    figure.canvas.draw()
+    height = axes.get_window_extent().height
+    gap = 11 / height * figure.dpi / 72  # one line of text, in fractions of the axes
+    placed = sorted(ends, key=lambda e: axes.transData.transform((e[1], e[2]))[1])
+    wanted = [axes.transAxes.inverted().transform(axes.transData.transform((e[1], e[2])))[1] for e in placed]
+    heights: list[float] = []
+    for y in wanted:
+        heights.append(max(y, heights[-1] + gap) if heights else max(y, 0.02))
+    overflow = max(0.0, heights[-1] - 0.99) if heights else 0.0
+    heights = [y - overflow for y in heights]
+    for i in range(len(heights) - 2, -1, -1):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    for (label, x, y, color, bold), at in zip(placed, heights, strict=True):
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(
+            label, (x, y), xytext=(1.03, at), textcoords="axes fraction", va="center", fontsize=8, color=color,
+            fontweight="bold" if bold else "normal", annotation_clip=False, arrowprops=leader,
+        )  # fmt: skip

@@ -1,0 +1,264 @@
+"""Quality against evaluations and against milliseconds: every sampler at its best settings, tdpm at every prior.
+
+    python benchmarks/pareto.py fashion-mnist                   # the shipped checkpoint
+    python benchmarks/pareto.py emoji
+    python benchmarks/pareto.py digits --ideal                  # the exact denoiser of the fit half, no network
+    python benchmarks/pareto.py fashion-mnist --figures         # draw the figures of the committed record again
+
+Rivals get their best settings at each count by a search on seeds that are not judged (``search.py``); the leaders are
+then drawn from the same seeds as tdpm and judged over disjoint blocks of seeds. tdpm's priors are fitted and
+calibrated on the fit half, judged on the evaluation half with features that calibration never saw. Everything
+finished is kept in WORK, so that the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import tdpm_ext as tdpm  # noqa: E402
+from benchmarks import diffusers_rivals, figures, frontier, judging, metrics, records, timing  # noqa: E402
+from benchmarks.chunks import Store, chunks_of, gather  # noqa: E402
+from benchmarks.drawing import TDPM, Drawer, Request  # noqa: E402
+from benchmarks.samplers import SAMPLERS  # noqa: E402
+from benchmarks.search import Search, gits_for  # noqa: E402
+from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
+
+SCHEMA = "tdpm-frontier/1"
+BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20)
+PRIORS = ("mixture", "gaussian", "lowrank")
+JUDGED_SEED, SEARCH_SEED = 1_000_000, 2_000_000  # calibration draws from small seeds
+TIMED = 16  # pictures per timed call
+
+
+@dataclass
+class Bench:
+    """What one run compares."""
+
+    name: str
+    judge: judging.Judge
+    drawer: Drawer
+    fingerprint: str
+    args: argparse.Namespace
+    work: Path
+
+    @property
+    def seeds(self) -> range:
+        return range(JUDGED_SEED, JUDGED_SEED + self.args.blocks * self.args.samples)
+
+    @cached_property
+    def priors(self) -> dict:
+        """Kind -> fitted and calibrated prior; kept, and read again from the file."""
+        out = {}
+        for kind in self.args.priors:
+            path = self.work / f"prior-{kind}.safetensors"
+            shipped = ROOT / "assets" / self.name / "prior.safetensors"
+            if not path.exists() and kind == "mixture" and shipped.exists() and not self.args.ideal:
+                path = shipped
+            if not path.exists():
+                self._fit(kind, path)
+            out[kind] = tdpm.load_prior(path)
+        return out
+
+    def _fit(self, kind: str, path: Path) -> None:
+        print(f"{self.name}: fitting and calibrating the {kind} prior", flush=True)
+        prior = tdpm.fit_prior(kind, self.judge.fit, checkpoint=self.fingerprint)
+        for objective in ("fidelity", "quality"):
+            samples = self.args.calibration_samples and self.args.calibration_samples[objective == "quality"]
+            tdpm.calibrate(
+                prior, self.drawer.model, [b for b in self.args.budgets if b <= 8], objective=objective,
+                data=self.judge.fit, samples=samples, num_classes=self.drawer.num_classes, batch=self.args.batch,
+            )  # fmt: skip
+        tdpm.save_prior(prior, path)
+
+    def pictures(self, request: Request, name: str, prior=None) -> tuple[torch.Tensor, int]:
+        """Pictures [N, C, H, W] of all judged seeds, drawn once and kept; and evaluations per picture."""
+        identity = {"checkpoint": self.fingerprint, "request": request.to_json()}
+        store, parts = Store(self.work / name, identity), chunks_of(self.seeds, self.args.batch)
+        drawer, start = replace(self.drawer, prior=prior), time.time()
+        for part in parts:
+            if store.read(part) is None:
+                x, nfe = drawer.draw(request, part)
+                store.write(part, {"x": x, "nfe": torch.tensor(nfe)})
+        if time.time() - start > 5:
+            print(f"{self.name}: {name} took {time.time() - start:.0f} s", flush=True)
+        return gather(store, parts, "x"), max(int(store.read(part)["nfe"]) for part in parts)
+
+    def point(self, arm: str, family: str, target: str | None, request: Request, reference, prior=None) -> dict:
+        """One measured point of the record."""
+        x, nfe = self.pictures(request, arm.replace(" ", "-").replace(":", "-").replace(",", ""), prior)
+        rows = self.judge.over_blocks(self.judge.features(x), self.args.blocks)
+        paired = self.judge.paired(x, x if reference is None else reference)
+        return {
+            "arm": arm, "family": family, "target": target, "nfe": nfe, "request": request.to_json(),
+            "measures": {k: records.estimate(v) for k, v in rows.items()}, "paired": paired._asdict(),
+            "ms_per_picture": None,
+        }  # fmt: skip
+
+
+def search_rivals(bench: Bench) -> tuple[list[dict], Search]:
+    """Rows of the best settings per sampler, budget and target."""
+    few, more = bench.args.search_samples
+    seeds = range(SEARCH_SEED, SEARCH_SEED + more)
+    long = Request.rival("dpmpp_2m", 60)
+    path = bench.work / f"search-reference-{more}"
+    store = Store(path, {"checkpoint": bench.fingerprint, "request": long.to_json()})
+    parts = chunks_of(seeds, bench.args.batch)
+    for part in parts:
+        if store.read(part) is None:
+            store.write(part, {"x": bench.drawer.draw(long, part).x})
+    reference = gather(store, parts, "x")
+
+    def score(x: torch.Tensor) -> dict[str, float]:
+        return {"fd": bench.judge.fd(x), "rmse": metrics.paired_rmse(x, reference[: len(x)])}
+
+    names = bench.args.samplers or list(SAMPLERS)
+    search = Search(bench.drawer, score, seeds, few, more, bench.work / "search.jsonl", bench.args.batch)
+    steps = {SAMPLERS[n].steps_within(b) for n in names for b in bench.args.budgets} - {0}
+    return search.run(names, bench.args.budgets, gits_for(bench.drawer, seeds[:24], steps)), search
+
+
+def finalists(rows: list[dict], count: int) -> list[dict]:
+    """Of each budget the ``count`` samplers with the lowest distance in the search and the one with the lowest rmse."""
+    out = []
+    for budget in sorted({r["budget"] for r in rows}):
+        for target, most in (("fd", count), ("rmse", 1)):
+            own = [r for r in rows if r["budget"] == budget and r["target"] == target]
+            out += sorted(own, key=lambda r: r["scores"][target])[: most or len(own)]
+    return out
+
+
+def measure_points(bench: Bench, rows: list[dict], reference: torch.Tensor) -> list[dict]:
+    """tdpm with every prior and both objectives, then the finalists among the rivals, then straw men if wanted."""
+    points = []
+    for kind, prior in bench.priors.items():
+        for budget in bench.args.budgets:
+            for objective in ("quality", "fidelity") if kind == bench.args.priors[0] else ("quality",):
+                request = Request(TDPM, budget, objective, kind)
+                arm = f"tdpm {kind} {objective} {budget}"
+                points.append(bench.point(arm, "tdpm", objective, request, reference, prior))
+    for row in finalists(rows, bench.args.finalists):
+        request, family = Request.from_json(row["request"]), SAMPLERS[row["sampler"]].library
+        arm = f"{row['sampler']} {row['budget']} for {row['target']}"
+        points.append(bench.point(arm, family, row["target"], request, reference))
+    for name in diffusers_rivals.STRAW_MEN if bench.args.straw_men else ():
+        points.append(bench.point(name, "straw man", None, Request.rival(name, 1), reference))
+    return points
+
+
+def time_points(bench: Bench, points: Iterable[dict], rounds: int) -> None:
+    """Milliseconds per picture of every point, taking turns; medians."""
+    seeds, calls = range(TIMED), {}
+    for point in points:
+        request = Request.from_json(point["request"])
+        drawer = replace(bench.drawer, prior=bench.priors.get(request.prior))
+        calls[point["arm"]] = lambda d=drawer, r=request: d.draw(r, seeds)
+    times = timing.interleave(calls, timing.Clock(bench.drawer.device), rounds, 1, "milliseconds")
+    for point in points:
+        point["ms_per_picture"] = timing.summary(times[point["arm"]])["p50_ms"] / TIMED
+
+
+def run(bench: Bench) -> dict:
+    """Search, draw, judge, time, decide."""
+    start = time.time()
+    rows, search = search_rivals(bench)
+    own = bench.pictures(Request.rival("dpmpp_2m", 60), "own-60")[0]
+    reference = bench.point("own-60", "reference", None, Request.rival("dpmpp_2m", 60), None)
+    points = measure_points(bench, rows, own)
+    if bench.args.rounds:
+        time_points(bench, [p for p in points if p["family"] != "straw man"], bench.args.rounds)
+    middle = next(p for p in points if p["target"] == "quality" and p["nfe"] == min(4, max(bench.args.budgets)))
+    x = bench.pictures(Request.from_json(middle["request"]), middle["arm"].replace(" ", "-"))[0]
+    return {
+        "schema": SCHEMA, "name": bench.name, "checkpoint": bench.fingerprint, "judge": bench.judge.name,
+        "blocks": bench.args.blocks, "per_block": bench.args.samples, "first_seed": JUDGED_SEED,
+        "floor": records.estimate(bench.judge.floor(bench.args.samples)), "reference": reference, "points": points,
+        "search": {"tried": search.tried, "samples": list(bench.args.search_samples),
+                   "budgets": list(bench.args.budgets), "best": rows},
+        "verdict": frontier.verdict(points, bench.args.budgets),
+        "priors": {kind: {"kind": prior.kind, **prior.card} for kind, prior in bench.priors.items()},
+        "memorisation": bench.judge.memorisation(x[:2000])._asdict(),
+        "command": records.command("pareto.py", bench.args.given),
+        "environment": records.environment(bench.drawer.device), "seconds": round(time.time() - start, 1),
+    }  # fmt: skip
+
+
+def build(args: argparse.Namespace) -> Bench:
+    assets = ROOT / "assets" / args.name
+    if args.data:
+        net, name = judging.load_net(args.features or "efflite")
+        judge = judging.Judge(net, name, load_pictures(args.judge), load_pictures(args.data))
+    else:
+        judge = judging.Judge.for_set(args.name, args.features)
+    if args.ideal:
+        model, classes, fingerprint = tdpm.IdealDenoiser(to_unit(judge.fit.images)), 0, "ideal"
+    else:
+        opened = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors", args.device)
+        model, classes, fingerprint = opened.model, opened.num_classes, opened.fingerprint
+    labels = judge.real.labels if classes else None
+    drawer = Drawer(model, tuple(judge.real.images.shape[1:]), classes, labels, None, torch.device(args.device))
+    work = args.work or ROOT / "out" / "pareto" / args.slug
+    work.mkdir(parents=True, exist_ok=True)
+    return Bench(args.name, judge, drawer, fingerprint, args, work)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("name", help="a folder of assets/ (fashion-mnist, emoji, digits), or any name with --data and --judge")
+    add("--checkpoint", type=Path, help="default: the set's own")
+    add("--ideal", action="store_true", help="use the ideal denoiser of the fit half, no network")
+    add("--data", type=Path, help="pictures to fit on, of a set that is not in assets/")
+    add("--judge", type=Path, help="pictures to judge against, for --data")
+    add("--features", help="feature network, or efflite (default: the set's own, else efflite)")
+    add("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    add("--priors", nargs="+", default=list(PRIORS), help="closed-form kinds; the first also for fidelity")
+    add("--samples", type=int, default=2000, help="pictures per block of seeds (default 2000)")
+    add("--blocks", type=int, default=3)
+    add("--samplers", nargs="+", choices=sorted(SAMPLERS), help="rivals (default: all)")
+    add("--finalists", type=int, default=4, help="rivals judged in full at each budget (default 4; 0: all)")
+    add("--search-samples", type=int, nargs=2, default=(64, 256), metavar=("FEW", "MORE"))
+    add("--calibration-samples", type=int, nargs=2, metavar=("FIDELITY", "QUALITY"))
+    add("--straw-men", action="store_true", help="also the 250-step DDIM and the 1000-step DDPM: hours")
+    add("--rounds", type=int, default=5, help="timed rounds (default 5; 0: no milliseconds)")
+    add("--batch", type=int, default=64)
+    add("--device", default="cpu")
+    add("--work", type=Path, help="where finished pieces are kept (default out/pareto/NAME)")
+    add("--out", type=Path, help="the record (default benchmarks/results/frontier-NAME.json)")
+    add("--figures", action="store_true", help="only draw the figures of the record again")
+    args = p.parse_args(argv)
+    args.given = argv
+    args.slug = f"{args.name}-{'ideal' if args.ideal else 'checkpoint'}"
+    args.out = args.out or records.RESULTS / f"frontier-{args.slug}.json"
+    if bool(args.data) != bool(args.judge):
+        p.error("--data and --judge belong together")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        record = records.read(args.out) if args.figures else run(build(args))
+        if not args.figures:
+            records.write(record, args.out)
+        print(frontier.show(record))
+        for path in figures.draw(record, args.out.with_suffix("")):
+            print(f"wrote {records.shown(path)}")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"pareto: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
