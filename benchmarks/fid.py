@@ -66,10 +66,10 @@ def inception_row(args: argparse.Namespace, folder: Path, x: torch.Tensor) -> di
     from benchmarks.inception import load_inception
     from tdpm_ext.grid import save_png, to_image
 
-    net = load_inception(args.mode, args.inception, args.device or "cpu")
+    net = load_inception(args.mode, args.inception, args.device or "cpu", args.any_weights)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
-    for i, picture in enumerate(x):
+    for i, picture in enumerate(to_uint8(x)):
         path = pictures / f"{i:06d}.png"
         if not path.exists():
             save_png(to_image(picture), path)
@@ -207,6 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--fit", type=Path, help="other real pictures: give the floor, and what must not be copied")
     add("--features", nargs="+", help="feature files, efflite, inception (default: the one in DATA, else efflite)")
     add("--inception", type=Path, help="weights for it; without them clean-fid downloads its own")
+    add("--any-weights", action="store_true", help="accept others than the published ones; never called FID then")
     add("--mode", default="clean", help="of clean-fid: clean, legacy_tensorflow, legacy_pytorch")
     add("--blocks", type=int, default=3, help="disjoint blocks of seeds for mean and deviation (default 3)")
     add("--paired", action="store_true", help="also draw the checkpoint's 60-evaluation pictures, and compare")

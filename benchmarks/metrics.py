@@ -62,17 +62,23 @@ def frechet_distance(feats_a, feats_b) -> float:
 
     Args:
         feats_a, feats_b: features [N, D] and [M, D]; covariances are the unbiased ones. The square root is taken
-            through two symmetric eigen-decompositions, which also hold for rank-deficient covariances (N <= D).
+            through two symmetric eigen-decompositions, which also hold for rank-deficient covariances; with fewer
+            pictures than features in both sets, through the singular values of a [N, M] matrix.
 
     Source: Dowson and Landau 1982; in image evaluation Heusel et al. 2017 (there on Inception features).
     """
     a, b = _pair(feats_a, feats_b)
+    shift = a.mean(0) - b.mean(0)
+    if max(len(a), len(b)) < a.shape[1]:  # the same trace from the rows: |A^1/2 B^1/2|_* = |X_a X_b^T|_*
+        rows_a, rows_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+        cross = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()
+        spread = (rows_a**2).sum() + (rows_b**2).sum()
+        return float(max(0.0, shift @ shift + spread - 2 * cross))
     cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     inner = root @ cov_b @ root
     cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
-    shift = a.mean(0) - b.mean(0)
     return float(max(0.0, shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
 
 

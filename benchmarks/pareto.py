@@ -32,13 +32,15 @@ from benchmarks.chunks import Store, chunks_of, gather  # noqa: E402
 from benchmarks.drawing import TDPM, Drawer, Request  # noqa: E402
 from benchmarks.samplers import SAMPLERS  # noqa: E402
 from benchmarks.search import Search, gits_for  # noqa: E402
-from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
+from tdpm_ext.grid import picture_grid, save_png  # noqa: E402
+from tdpm_ext.pictures import load_pictures, to_uint8, to_unit  # noqa: E402
 
 SCHEMA = "tdpm-frontier/1"
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20)
 PRIORS = ("mixture", "gaussian", "lowrank")
 JUDGED_SEED, SEARCH_SEED = 1_000_000, 2_000_000  # calibration draws from small seeds
 TIMED = 16  # pictures per timed call
+COLUMNS = 12  # seeds in the grid of pictures
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Bench:
 
     def point(self, arm: str, family: str, target: str | None, request: Request, reference, prior=None) -> dict:
         """One measured point of the record."""
-        x, nfe = self.pictures(request, arm.replace(" ", "-").replace(":", "-").replace(",", ""), prior)
+        x, nfe = self.pictures(request, kept_as(arm), prior)
         rows = self.judge.over_blocks(self.judge.features(x), self.args.blocks)
         paired = self.judge.paired(x, x if reference is None else reference)
         return {
@@ -104,6 +106,11 @@ class Bench:
             "measures": {k: records.estimate(v) for k, v in rows.items()}, "paired": paired._asdict(),
             "ms_per_picture": None,
         }  # fmt: skip
+
+
+def kept_as(arm: str) -> str:
+    """The folder of an arm's pictures."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in arm)
 
 
 def search_rivals(bench: Bench) -> tuple[list[dict], Search]:
@@ -156,6 +163,26 @@ def measure_points(bench: Bench, rows: list[dict], reference: torch.Tensor) -> l
     return points
 
 
+def same_seed_grid(bench: Bench, points: list[dict]):
+    """A sheet of the first judged seeds: data of the same classes, the long run, the best arms of either side."""
+    seeds, real = bench.seeds[:COLUMNS], bench.judge.real
+    classes = bench.drawer.classes(seeds)
+    shown = judging.spread(len(real), COLUMNS)
+    if classes is not None:  # of each seed's class a picture of its own
+        own = {int(c): iter(torch.nonzero(real.labels == c).flatten().tolist()) for c in classes.unique()}
+        shown = [next(own[int(c)]) for c in classes]
+    rows = [("data", real.images[shown])]
+    rows.append(("60 evaluations", to_uint8(bench.pictures(Request.rival("dpmpp_2m", 60), "own-60")[0][:COLUMNS])))
+    for budget in (b for b in (3, 4, 6, 8) if b in bench.args.budgets):
+        for side in ((frontier.OURS,), frontier.RIVALS):
+            point = frontier.best_within([p for p in points if p["family"] in side and p["nfe"] == budget], budget)
+            if point is not None:
+                x = bench.pictures(Request.from_json(point["request"]), kept_as(point["arm"]))[0][:COLUMNS]
+                name = "tdpm" if side == (frontier.OURS,) else point["request"]["sampler"]
+                rows.append((f"{name}, {budget}", to_uint8(x)))
+    return picture_grid([list(pictures) for _, pictures in rows], [label for label, _ in rows])
+
+
 def time_points(bench: Bench, points: Iterable[dict], rounds: int) -> None:
     """Milliseconds per picture of every point, taking turns; medians."""
     seeds, calls = range(TIMED), {}
@@ -178,7 +205,8 @@ def run(bench: Bench) -> dict:
     if bench.args.rounds:
         time_points(bench, [p for p in points if p["family"] != "straw man"], bench.args.rounds)
     middle = next(p for p in points if p["target"] == "quality" and p["nfe"] == min(4, max(bench.args.budgets)))
-    x = bench.pictures(Request.from_json(middle["request"]), middle["arm"].replace(" ", "-"))[0]
+    x = bench.pictures(Request.from_json(middle["request"]), kept_as(middle["arm"]))[0]
+    save_png(same_seed_grid(bench, points), bench.args.out.with_name(f"{bench.args.out.stem}-grid.png"))
     return {
         "schema": SCHEMA, "name": bench.name, "checkpoint": bench.fingerprint, "judge": bench.judge.name,
         "blocks": bench.args.blocks, "per_block": bench.args.samples, "first_seed": JUDGED_SEED,

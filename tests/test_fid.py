@@ -140,6 +140,35 @@ def test_a_rival_and_the_paired_reference(data, tmp_path, capsys):
     assert "to the 60-evaluation run" in capsys.readouterr().out
 
 
+class Layers(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, (32, 64)).mean(1).flatten(1)
+
+
+class StandIn(torch.nn.Module):
+    """Called like the TorchScript Inception."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_inception_features_of_other_weights_are_judged_but_not_called_fid(data, tmp_path):
+    pytest.importorskip("cleanfid", exc_type=ImportError)
+    torch.jit.script(StandIn()).save(tmp_path / "mine.pt")
+    net = ["--features", ASSETS / "features.safetensors", "inception", "--inception", tmp_path / "mine.pt"]
+    few = ["--seeds", "0-11", "--batch", 12, *net]
+    assert fid.main(words(data, tmp_path, *few)) == 2  # not the published weights
+    assert fid.main(words(data, tmp_path, *few, "--any-weights")) == 0
+    rows = records.read(tmp_path / "record.json")["judges"]
+    assert [r["name"].split("-")[0] for r in rows] == ["FD", "FD"] and rows[1]["name"].endswith("clean")
+    assert rows[1]["whole"]["fd"] > 0 and len(list((tmp_path / "pictures").glob("*.png"))) == 12
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
