@@ -151,6 +151,14 @@ def test_wheel_holds_every_module_and_no_other_package(wheel):
     assert modules == sorted(ours | kernels)
 
 
+def test_wheel_holds_every_file_of_the_hosts_extensions(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        there = {name for name in archive.namelist() if name.startswith("tdpm_ext/hosts/")}
+    ours = {path for path in (ROOT / "tdpm_ext" / "hosts").rglob("*") if path.is_file()}
+    ours = {path.relative_to(ROOT).as_posix() for path in ours if "__pycache__" not in path.parts}
+    assert there == ours and any(name.endswith(".json") for name in ours)
+
+
 def test_wheel_can_be_imported_from_where_it_is_unpacked(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

@@ -2,6 +2,7 @@
 
 All clones of a MODEL share one network, and a user may sample with an accelerated and a plain one in one workflow. So
 the network is changed when a run begins and changed back when it ends; other MODELs give the bits they always gave.
+CUDA graphs stay off: ComfyUI hands the network options (ids, functions) that a graph cannot be keyed by.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ KEY = "tdpm_accelerate"
 class Acceleration:
     """What ComfyUI calls before and after every run of the MODEL it is attached to."""
 
-    def __init__(self, graphs: str, precision: str):
-        self.options, self.handle, self.told = {"graphs": graphs, "precision": precision}, None, False
+    def __init__(self, precision: str):
+        self.precision, self.handle, self.told = precision, None, False
 
     def begin(self, patcher) -> None:
         """Weights are loaded and LoRAs merged by now."""
@@ -25,7 +26,7 @@ class Acceleration:
         level = log.level
         try:
             log.setLevel(max(log.getEffectiveLevel(), logging.WARNING) if self.told else level)  # one report is enough
-            self.handle = accelerate(patcher.model, **self.options)
+            self.handle = accelerate(patcher.model, graphs="off", precision=self.precision)
         finally:
             log.setLevel(level)
         self.told = True
@@ -37,11 +38,11 @@ class Acceleration:
             handle.undo()
 
 
-def accelerated(model, graphs: str, precision: str):
+def accelerated(model, precision: str):
     """A clone of the MODEL that runs accelerated; the original stays as it is."""
     from comfy.patcher_extension import CallbacksMP
 
-    model, hook = model.clone(), Acceleration(graphs, precision)
+    model, hook = model.clone(), Acceleration(precision)
     for kind in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
         model.remove_callbacks_with_key(kind, KEY)  # accelerating twice is accelerating once, with the later options
     model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, hook.begin)

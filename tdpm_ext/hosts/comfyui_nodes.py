@@ -199,9 +199,8 @@ class TDPMAccelerate:
 
     @classmethod
     def INPUT_TYPES(cls):
-        from tdpm_ext.kernels.patch import GRAPHS, PRECISIONS
+        from tdpm_ext.kernels.patch import PRECISIONS
 
-        graphs = "CUDA graphs. auto: on a GPU. Captured anew in every run: off may be faster for very few steps."
         precision = (
             "exact: equal to rounding. half and compile: 16-bit or compiled network, each only where a measurement at "
             "the start of the run finds it faster."
@@ -209,13 +208,12 @@ class TDPMAccelerate:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model to accelerate, LoRAs included."}),
-                "graphs": (list(GRAPHS), {"default": GRAPHS[0], "tooltip": graphs}),
                 "precision": (list(PRECISIONS), {"default": PRECISIONS[0], "tooltip": precision}),
             }
         }
 
-    def accelerate(self, model, graphs, precision):
-        return (comfyui_accelerate.accelerated(model, graphs, precision),)
+    def accelerate(self, model, precision):
+        return (comfyui_accelerate.accelerated(model, precision),)
 
 
 def with_prior(model, pick: Pick):
