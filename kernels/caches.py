@@ -28,45 +28,51 @@ class Fingerprint:
 
     def __init__(self, modules: Sequence[nn.Module]):
         self._modules = tuple(modules)
-        self._seen: tuple = ()
-        self._probes: dict[int, tuple] = {}
+        self._seen: list[tuple] = []
+        self._known = False
 
     def changed(self) -> bool:
         """True once after every change, and at the first call."""
-        now = tuple(self._state_of(m) for m in self._modules)
-        if now == self._seen:
+        if self._known and all(
+            parameters.get(name) is p
+            and p.data_ptr() == pointer
+            and (version is None or p._version == version)
+            and (sample is None or sample.tobytes() == values)
+            for parameters, name, p, pointer, version, sample, values in self._seen
+        ):
             return False
-        self._seen = now
+        self._seen = [
+            (module._parameters, name, *_state(p))
+            for module in self._modules
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
+        self._known = True
         return True
 
     def forget(self) -> None:
         """Report a change at the next call, whatever has happened."""
-        self._seen = ()
-
-    def _state_of(self, module: nn.Module) -> tuple:
-        held = module._parameters
-        return tuple([self._of_parameter(p) for p in held.values() if p is not None])
-
-    def _of_parameter(self, p: Tensor) -> tuple:
-        pointer = p.data_ptr()
-        # tensors made in inference mode keep no version; nothing may edit them outside of it either
-        version = -1 if p.is_inference() else p._version
-        return id(p), pointer, version, self._sample(p, pointer)
-
-    def _sample(self, p: Tensor, pointer: int) -> bytes:
-        if p.device.type != "cpu" or not p.numel():
-            return b""
-        known = self._probes.get(id(p))
-        if known is None or known[0] != pointer or known[1] != p.shape:
-            # in memory order, so that this is a view; bytes, since numpy knows no bfloat16
-            flat = p.detach().as_strided((p.numel(),), (1,)) if _dense(p) else p.detach().reshape(-1)
-            step = max(1, flat.numel() // PROBES)
-            known = (pointer, p.shape, flat.view(_INTEGERS[p.element_size()]).numpy()[::step])
-            self._probes[id(p)] = known
-        return known[2].tobytes()
+        self._known = False
 
     def __deepcopy__(self, memo):
         return Fingerprint(deepcopy(self._modules, memo))
+
+
+def _state(p: Tensor) -> tuple:
+    """(p, address, version, a view of some values, their bytes now)."""
+    # tensors made in inference mode keep no version
+    version = None if p.is_inference() else p._version
+    sample = _sample(p)
+    return p, p.data_ptr(), version, sample, None if sample is None else sample.tobytes()
+
+
+def _sample(p: Tensor):
+    """Some of the values, as a numpy view of the parameter's own memory; None on a GPU."""
+    if p.device.type != "cpu" or not p.numel():
+        return None
+    # in memory order, so that this is a view; as integers, since numpy knows no bfloat16
+    flat = p.detach().as_strided((p.numel(),), (1,)) if _dense(p) else p.detach().reshape(-1)
+    return flat.view(_INTEGERS[p.element_size()]).numpy()[:: max(1, flat.numel() // PROBES)]
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

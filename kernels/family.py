@@ -105,10 +105,12 @@ def norm_act(
         return ops.group_norm(x, groups, weight, bias, **options)
     if pre_add is not None:
         x = x + _beside(pre_add, x)
+    if x.ndim == 4 and not x.is_contiguous():
+        x = _near_zero(x, groups)
     affine = scale is not None and weight is None and (len(scale) == 1 or scale.stride(0) == 0)
     if affine:  # one scale and shift for all pictures: torch's kernel applies them in the same pass
         weight, bias = scale[0] + 1, shift[0]
-    h = F.group_norm(x, groups, weight, bias, eps)
+    h = torch.group_norm(x, groups, weight, bias, eps)
     if scale is not None and not affine:
         torch.addcmul(_beside(shift, h), h, _beside(scale + 1, h), out=h)
     if act == "silu":
@@ -116,6 +118,17 @@ def norm_act(
     elif act == "gelu":
         torch.ops.aten.gelu_(h)
     return h
+
+
+def _near_zero(x: Tensor, groups: int) -> Tensor:
+    """x [N, C, H, W] less one of its values in each group, which changes no group norm.
+
+    In channels_last torch's CPU kernel sums plain squares: at a mean of 100 standard deviations it is wrong in the
+    third digit, at 1000 in the first.
+    """
+    width = x.shape[1] // groups
+    grouped = x.unflatten(1, (groups, width))
+    return (grouped - grouped[:, :, :1, :1, :1]).flatten(1, 2)
 
 
 def _beside(rows: Tensor, x: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ def _scale_shift(module: nn.Module, cond: dict) -> tuple[Tensor, Tensor]:
 
 
 def _ada_gn(module: nn.Module, x: Tensor, cond: dict, act: str | None) -> Tensor:
-    scale, shift = (rows.to(x.dtype) for rows in _scale_shift(module, cond))
+    scale, shift = _scale_shift(module, cond)
+    if scale.dtype != x.dtype:  # the network is in half precision, its conditioning is not
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     return norm_act(x, module.num_groups, eps=module.eps, scale=scale, shift=shift, act=act)
 
 

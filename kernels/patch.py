@@ -13,7 +13,7 @@ from types import MethodType
 import torch
 from torch import nn
 
-from tdpm_ext.kernels import family_k_diffusion, family_resnet, family_transformer
+from tdpm_ext.kernels import family_k_diffusion, family_resnet, family_transformer, winograd
 from tdpm_ext.kernels.facts import KernelError
 from tdpm_ext.kernels.family import Family, Rule, why_not
 from tdpm_ext.kernels.graphs import GraphedForward
@@ -171,9 +171,7 @@ def _accelerate_root(handle: Handle, family: Family, name: str, root: nn.Module)
     family.prepare(root, replace)
     _move(handle, root)
     if handle.precision == "compile":
-        body = family.body(root)
-        usual = vars(body).get("forward") or MethodType(type(body).forward, body)
-        _replace(handle, body, Compiled(usual, handle.notes))
+        _compile(handle, family, root)
     narrow = family.narrow(root)
     if handle.precision == "half" and narrow:
         half = Half(narrow, vars(root)["forward"], handle.notes)
@@ -185,6 +183,17 @@ def _accelerate_root(handle: Handle, family: Family, name: str, root: nn.Module)
         graphed = GraphedForward(vars(root)["forward"], watch=(root,))
         handle._graphs.append(graphed)
         _replace(handle, root, graphed)
+
+
+def _compile(handle: Handle, family: Family, root: nn.Module) -> None:
+    """Inductor for the body of a network, with Winograd's convolutions on a CPU."""
+    body = family.body(root)
+    convolutions = [m for m in body.modules() if winograd.fits(m)]
+    for module in convolutions:
+        _replace(handle, module, MethodType(winograd.forward, module))
+    usual = vars(body).get("forward") or MethodType(type(body).forward, body)
+    transformed = winograd.TransformedWeights(convolutions)
+    _replace(handle, body, Compiled(usual, handle.notes, transformed.update, chunks=body is not root))
 
 
 def _patch(handle: Handle, rules: dict[str, Rule], path: str, module: nn.Module) -> None:

@@ -16,21 +16,42 @@ WIDE = {"sigma", "mapping_cond", "timestep", "timesteps"}
 REPEATS = 5  # timed calls of each way; the fastest of each counts
 
 
+CHUNK = 16  # pictures per compiled call on a CPU: what they need at a time stays in its cache
+
+
 class Compiled:
     """A module's body, compiled by Inductor for each shape it meets and used where that is faster.
 
     Takes the place of the module's ``forward``. The first call with new shapes compiles, which takes from seconds to
-    minutes, and times both ways; what was decided is appended to ``notes``.
+    minutes, and times both ways; what was decided is appended to ``notes``. On a CPU larger batches are computed in
+    chunks, so that one compilation serves them all.
+
+    Args:
+        usual: the module's forward; a tensor comes out, [B, ...] as the first argument.
+        update: called before every compiled call.
     """
 
-    def __init__(self, usual: Callable, notes: list[str]):
-        self._usual, self.notes = usual, notes
+    def __init__(self, usual: Callable, notes: list[str], update: Callable[[], None], chunks: bool):
+        self._usual, self.notes, self._update, self._chunks = usual, notes, update, chunks
         self._compiled: Callable | None = None
         self._chosen: dict[tuple, Callable] = {}
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._usual(*args, **kwargs)
+        batch = len(args[0]) if args else 0
+        if not self._chunks or args[0].device.type != "cpu" or batch <= CHUNK:
+            return self._run(args, kwargs)
+        done = []
+        for first in range(0, batch, CHUNK):
+            part = [_rows(value, batch, slice(first, first + CHUNK)) for value in (args, kwargs)]
+            whole = first + CHUNK <= batch
+            done.append(self._run(*part) if whole else self._usual(*part[0], **part[1]))
+        return torch.cat(done)
+
+    def _run(self, args: tuple, kwargs: dict):
+        self._update()
+        args, kwargs = _dense(args), _dense(kwargs)
         key = shapes_of((args, kwargs))
         if key not in self._chosen:
             self._chosen[key] = self._choose(args, kwargs, key)
@@ -53,7 +74,27 @@ class Compiled:
         return self._compiled if compiled < usual else self._usual
 
     def __deepcopy__(self, memo):
-        return Compiled(deepcopy(self._usual, memo), deepcopy(self.notes, memo))
+        parts = (self._usual, self.notes, self._update)
+        return Compiled(*(deepcopy(part, memo) for part in parts), self._chunks)
+
+
+def _map(value, change: Callable[[Tensor], Tensor]):
+    """Every tensor inside tuples, lists and dicts, changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _map(inner, change) for name, inner in value.items()}
+    return type(value)(_map(inner, change) for inner in value) if isinstance(value, (tuple, list)) else value
+
+
+def _rows(value, batch: int, span: slice):
+    """The rows of a chunk, of every tensor that has one row for each picture."""
+    return _map(value, lambda t: t[span] if t.ndim and len(t) == batch else t)
+
+
+def _dense(value):
+    """Without repeated rows, which compiled code would be specialised to."""
+    return _map(value, lambda t: t.contiguous() if 0 in t.stride() else t)
 
 
 def race(ways: tuple[Callable, ...], args: tuple, kwargs: dict) -> list[float]:
@@ -81,11 +122,9 @@ def shapes_of(args: tuple) -> tuple:
 
 
 def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list, type({}.values()))) else []
+    found: list[Tensor] = []
+    _map(value, lambda t: found.append(t) or t)
+    return found
 
 
 class Half:

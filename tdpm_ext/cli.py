@@ -266,6 +266,13 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=positive, default=16, help="pictures at a time; does not change them (default 16)"
     )
+    parser.add_argument(
+        "--accelerate",
+        choices=("off", "exact", "half", "compile"),
+        default="exact",
+        help="exact (default): the same pictures to rounding, faster; half, compile: change them a little, and are "
+        "taken only where a measurement at the first call finds them faster (compiling takes minutes)",
+    )
     parser.add_argument("--sigma-min", type=positive_float, help="last noise std (default: the checkpoint's)")
     _sigma_max_option(parser)
     parser.add_argument("--rho", type=positive_float, default=7.0, help="shape of the Karras schedule (default 7)")

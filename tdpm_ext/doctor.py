@@ -113,10 +113,15 @@ def examine(packages: dict[str, Package], kernels: Package | None = None) -> dic
         "packages": {p.name: {"version": p.version, "state": p.state, "reason": p.reason} for p in packages.values()},
         "torch_build": build,
         "gpus": gpus,
-        "hosts": {name: packages[name].state if name in packages else "unknown" for name in list_hosts()},
+        "hosts": {name: _host(name, packages) for name in list_hosts()},
         "kernels": kernels.facts or {"state": kernels.state, "reason": kernels.reason},
         "problems": [asdict(problem) for problem in problems],
     }
+
+
+def _host(name: str, packages: dict) -> str:
+    """State of a host that is a package; how to get into one that is a folder somewhere."""
+    return packages[name].state if name in packages else f"tdpm install {name} --path FOLDER"
 
 
 def _spec_exists(name: str) -> bool:

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     device = next(checkpoint.model.parameters()).device
     sigmas = _sigmas(args, checkpoint)
     sampler = _sampler(args, checkpoint, device)
+    handle = _accelerate(args, checkpoint)
     done: list[Tensor] = []
     seconds = 0.0
     with _CallCounter(checkpoint.model, args.sampler, -(-len(jobs) // args.batch), args.steps) as counter:
@@ -69,8 +70,19 @@ def run(args: argparse.Namespace) -> None:
                     save_png(to_image(picture), folder / job.name)
     save_png(_grid(jobs, done, args.classes), grid_file)
     spent = f"{counter.calls} evaluations and {1000 * seconds / len(done):.1f} ms each on {device}"
+    for note in handle.notes if handle else ():
+        print(note, file=sys.stderr)
     print(f"{len(done)} picture{'s' * (len(done) != 1)}, {args.sampler}, {spent}")
     print(grid_file if folder is None else f"{folder}: one PNG a picture; {grid_file} shows them")
+
+
+def _accelerate(args: argparse.Namespace, checkpoint: Checkpoint):
+    """The handle of what was done to the network, or None."""
+    if args.accelerate == "off":
+        return None
+    from tdpm_ext.kernels import accelerate
+
+    return accelerate(checkpoint.model, precision=args.accelerate)
 
 
 class _CallCounter:

@@ -200,6 +200,28 @@ def test_the_batch_size_does_not_change_a_picture(room, tmp_path, sampler):
     assert not np.array_equal(one, np.asarray(Image.open(tmp_path / "1" / "seed_00000.png")))
 
 
+@pytest.mark.parametrize("tier", ["exact", "half"])
+def test_acceleration_keeps_the_pictures_and_reports_its_measurement(room, tmp_path, capsys, tier):
+    for name in ("off", tier):
+        run(
+            "sample",
+            room / "model.safetensors",
+            "--sampler",
+            "euler",
+            "--seeds",
+            "0-2",
+            "--accelerate",
+            name,
+            "--out",
+            tmp_path / name,
+        )
+    plain, fast = (
+        np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / n).glob("seed*.png"))]) for n in ("off", tier)
+    )
+    assert np.abs(plain.astype(int) - fast.astype(int)).max() <= (1 if tier == "exact" else 8)
+    assert ("half: " in capsys.readouterr().err) == (tier == "half")
+
+
 def test_classes_are_rows_and_seeds_columns(room, tmp_path):
     argv = ["sample", room / "model.safetensors", "--sampler", "euler", "--steps", 2, "--seeds", "0-1"]
     assert run(*argv, "--class", "0-2", "--batch", 4, "--out", tmp_path) == 0
@@ -470,7 +492,8 @@ def test_doctor_reports_this_machine(capsys):
         "state": "works",
         "reason": "",
     } or (found["packages"]["torch"]["version"] == torch.__version__)
-    assert found["packages"]["k_diffusion"]["state"] == "works" and found["hosts"] == {"k_diffusion": "works"}
+    assert found["packages"]["k_diffusion"]["state"] == found["hosts"]["k_diffusion"] == "works"
+    assert found["hosts"]["comfyui"] == "tdpm install comfyui --path FOLDER"
     assert found["problems"] == [] or all(p["fix"] for p in found["problems"])
     assert set(found["kernels"]["backends"]) == {"group_norm", "attention", "sampler_step"}
     assert found["kernels"]["backends"]["attention"]["sdpa"] == "can be used here"

@@ -409,3 +409,17 @@ def test_without_a_compiler_the_exact_tier_goes_on_and_says_why(monkeypatch):
         handle = accelerate(model, precision="compile")
         torch.testing.assert_close(run(model, 2), before, rtol=0, atol=1e-5)
     assert "not possible here" in handle.report()
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0])
+def test_norms_stay_exact_in_channels_last_when_the_mean_is_far_from_zero(mean):
+    from tdpm_ext.kernels.family import norm_act
+
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 64, 9, 7, generator=g) + mean).contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.randn(2, 2, 64, generator=g)
+    with torch.no_grad():
+        y = norm_act(x, 4, eps=1e-5, scale=scale, shift=shift)
+    wide = nn.functional.group_norm(x.double(), 4, eps=1e-5)
+    wanted = wide * (scale.double() + 1)[:, :, None, None] + shift.double()[:, :, None, None]
+    assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
