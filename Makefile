@@ -8,6 +8,7 @@ COMFYUI := $(abspath $(VENV)/overlays/comfyui)
 CLIENTS := $(abspath $(VENV)/overlays/clients)
 TRITON := $(abspath $(VENV)/overlays/triton-latest)
 CLIENT_TESTS := $(addprefix tests/hosts/test_,diffusers.py diffusers_fit.py diffusers_k_pipeline.py k_diffusion_client.py)
+TRITON_TESTS := tests/test_interpreted.py $(wildcard $(addprefix tests/test_kernels_,group_norm.py attention.py step.py mutation.py aot.py))
 EXTRAS := kdiffusion,train,bench,hosts,dev
 WORKERS ?= 2
 ARGS ?=
@@ -37,7 +38,7 @@ test-hosts: $(COMFYUI)/.installed $(CLIENTS)/.installed  ## run the tests that n
 	COMFYUI=$(COMFYUI)/core PYTHONPATH=$(COMFYUI)/site OMP_NUM_THREADS=1 $(BIN)/pytest tests/hosts/comfyui $(ARGS)
 
 test-triton: $(TRITON)/.installed  ## run the tests of the kernels on the newest Triton, and compile them with it
-	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/test_interpreted.py $(wildcard tests/test_kernels_*.py) $(ARGS)
+	PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(TRITON_TESTS) $(ARGS)
 
 gpu: $(STAMP)  ## on a CUDA GPU: its tests, compute-sanitizer, times of kernels and trajectories (ten minutes)
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
