@@ -11,7 +11,6 @@ PARTS = {32: (32, 0), 40: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MASK_TYPES = (torch.bool, *TYPES)
 MIN_CC = 80
-FEW = 256  # queries up to which smaller tiles are taken, for the sake of more programs
 MAX_ROWS = 2**31 - 256  # counted in 32 bits
 
 
@@ -25,22 +24,38 @@ class Tiles:
     num_stages: int
 
 
-def tiles_for(head_dim: int, itemsize: int, q_len: int, masked: bool) -> Tiles:
-    """The tile sizes of a launch.
+# Chosen so that no GPU generation spills registers, with margin where it could be had (`tdpm_ext.kernels.aot` holds
+# that), not by timing. What is compared takes registers: the large tiles are for calls that fill them and have no mask.
+# float32 has no tensor cores, its products run on the ordinary units.
+LARGE = {
+    **dict.fromkeys((32, 40, 64, 80), Tiles(128, 64, 8, 3)),
+    96: Tiles(128, 32, 8, 3),
+    128: Tiles(128, 64, 8, 2),
+    160: Tiles(128, 32, 8, 2),
+}
+SMALL = {
+    **dict.fromkeys((32, 40, 64), Tiles(64, 32, 4, 2)),
+    **dict.fromkeys((80, 96, 128), Tiles(64, 32, 8, 2)),
+    160: Tiles(64, 16, 8, 2),
+}
+LARGE_SINGLE = dict.fromkeys(PARTS, Tiles(32, 16, 4, 1))
+SMALL_SINGLE = {**dict.fromkeys(PARTS, Tiles(32, 16, 8, 1)), 160: Tiles(32, 16, 4, 1)}
 
-    Chosen so that no GPU generation spills registers (`tdpm_ext.kernels.aot` holds that), not by timing.
+
+def tiles_for(head_dim: int, itemsize: int, q_len: int, kv_len: int, masked: bool) -> Tiles:
+    """The tile sizes of a launch.
 
     Args:
         head_dim: a key of ``PARTS``.
-        itemsize: bytes per element of the inputs.
+        itemsize: bytes per element.
         q_len: number of queries.
-        masked: a mask is read, which takes registers.
+        kv_len: number of keys.
+        masked: whether a mask is read.
     """
-    if itemsize == 4:  # no tensor cores: products run on the ordinary units, from registers
-        return Tiles(32, 32 if head_dim <= 96 else 16, 4, 1)
-    if masked or q_len <= FEW:
-        return Tiles(64, 32, 4, 2)
-    return Tiles(128, 64, 8, 3 if head_dim <= 80 else 2)
+    large, small = (LARGE_SINGLE, SMALL_SINGLE) if itemsize == 4 else (LARGE, SMALL)
+    tiles = large[head_dim]
+    fills = q_len % tiles.block_m == 0 and kv_len % tiles.block_n == 0
+    return tiles if fills and not masked else small[head_dim]
 
 
 def supported(

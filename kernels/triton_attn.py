@@ -26,7 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 INT32 = 2**31
 SIZES = ["q_len", "kv_len", "heads", "tiles"]
-STRIDES = [f"{tensor}_{axis}" for tensor in "qkvom" for axis in "bhld"]
+STRIDES = [f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bhld"] + ["m_b", "m_h", "m_l"]
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _tile(base, rows, columns, stride_l, stride_d, length, DIM: tl.constexpr, EV
 def attention_kernel(
     q, k, v, mask, out, scale_log2,
     q_len, kv_len, heads, tiles,
-    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d, v_b, v_h, v_l, v_d, o_b, o_h, o_l, o_d, m_b, m_h, m_l, m_d,
+    q_b, q_h, q_l, q_d, k_b, k_h, k_l, k_d, v_b, v_h, v_l, v_d, o_b, o_h, o_l, o_d, m_b, m_h, m_l,
     DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_UNIT: tl.constexpr, K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, O_UNIT: tl.constexpr, ALIGN: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, MASK: tl.constexpr, PRESCALED: tl.constexpr, WIDE: tl.constexpr,
@@ -92,7 +92,6 @@ def attention_kernel(
     if WIDE:
         rows = rows.to(tl.int64)
         columns = columns.to(tl.int64)
-        m_d = m_d.to(tl.int64)
     first = tl.arange(0, FIRST)
     last_row = q_len - first_row
     whole: tl.constexpr = FIRST + REST == DIM
@@ -111,11 +110,13 @@ def attention_kernel(
         scores = tl.dot(q0, k0, input_precision="ieee")
         if REST > 0:
             k1 = _tile(k, columns[None, :], rest[:, None], k_l, k_d, present, DIM, EVEN_N, whole)
-            scores = scores + tl.dot(q1, k1, input_precision="ieee")
+            # A plain sum would become one product that accumulates onto the other, which Triton 3.6 to 3.8 may compile
+            # wrongly for compute capability 10.3; one of the form x * 1 + y is left alone, and costs the same.
+            scores = tl.fma(tl.dot(q1, k1, input_precision="ieee"), 1.0, scores)
         if PRESCALED:
             scores = scores * scale_log2
         if MASK != 0:
-            given = mask + rows[:, None] * m_l + columns[None, :] * m_d
+            given = mask + rows[:, None] * m_l + columns[None, :]
             inside = (rows[:, None] < last_row) & (columns[None, :] < present)
             if MASK == 1:
                 scores = tl.where(tl.load(given, mask=inside, other=0) != 0, scores, float("-inf"))
@@ -150,7 +151,7 @@ def attention_kernel(
         k += BLOCK_N * k_l
         v += BLOCK_N * v_l
         if MASK != 0:
-            mask += BLOCK_N * m_d
+            mask += BLOCK_N
 
     share = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row that may attend to nothing gives 0
     inside = rows[:, None] < last_row
@@ -189,19 +190,19 @@ def _attention_into(
     v: torch.Tensor,
     scale: float | None,
     mask: torch.Tensor | None,
-    tiles: Tiles | None = None,
 ) -> None:
     batch, heads, q_len, head_dim = q.shape
     if out.numel() == 0:
         return
-    tiles = tiles or tiles_for(head_dim, q.element_size(), q_len, mask is not None)
+    tiles = tiles_for(head_dim, q.element_size(), q_len, k.shape[2], mask is not None)
     scale = head_dim**-0.5 if scale is None else float(scale)
     units, align, strides = _layout(q, k, v, out)
-    kind, mask_strides = NO_MASK, (0, 0, 0, 0)
+    kind, mask_strides = NO_MASK, (0, 0, 0)
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
-        mask = (mask.view(torch.uint8) if kind == BOOL_MASK else mask).expand(batch, heads, q_len, k.shape[2])
-        mask_strides = mask.stride()
+        mask = _rows_of(mask.view(torch.uint8) if kind == BOOL_MASK else mask, k.shape[2])
+        mask = mask.expand(batch, heads, q_len, k.shape[2])
+        mask_strides = mask.stride()[:3]
     count = triton.cdiv(q_len, tiles.block_m)
     attention_kernel[(count * batch * heads,)](
         q, k, v, mask, out, scale * LOG2E.value, q_len, k.shape[2], heads, count, *strides, *mask_strides,
@@ -212,6 +213,13 @@ def _attention_into(
         PRESCALED=kind == ADDED_MASK or scale <= 0, WIDE=_reach(tiles, (q, k, v, out), mask_strides) >= INT32,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _rows_of(mask: torch.Tensor, kv_len: int) -> torch.Tensor:
+    """``mask`` with its last axis full and contiguous, which most masks have: there it costs few registers."""
+    if mask.ndim == 0 or mask.shape[-1] != kv_len:
+        mask = mask.expand(*mask.shape[:-1], kv_len)
+    return mask if mask.stride(-1) == 1 or kv_len == 1 else mask.contiguous()
 
 
 def _layout(*tensors: torch.Tensor) -> tuple[list[int], int, list[int]]:
@@ -235,31 +243,33 @@ def _reach(tiles: Tiles, tensors: tuple[torch.Tensor, ...], mask_strides: tuple[
     rows = max(tiles.block_m, tiles.block_n)
     matrices = [(t.stride(2) * (t.shape[2] > 1), t.stride(3)) for t in tensors]
     most = max(rows * along + 2 * t.shape[3] * across for t, (along, across) in zip(tensors, matrices, strict=True))
-    return max(most, rows * (mask_strides[2] + mask_strides[3]))
+    return max(most, rows * (mask_strides[2] + 1))
 
 
 def aot_variants(cc: int) -> list[Variant]:
-    """What launches on a GPU of compute capability ``cc`` / 10 look like, for every head dimension, dtype and tiling.
+    """What launches on a GPU of compute capability ``cc`` / 10 look like, for every head dimension and dtype.
 
-    Each tiling twice: as fast as it gets (whole tiles, no mask), and with all that costs registers (ragged ends, and
-    a mask that is added).
+    Self-attention that fills its tiles, and what takes most registers: ragged ends and a mask that is added. In
+    float16 also cross-attention to 77 keys; in bfloat16 that differs from it in types only.
     """
-    found = {}
+    variants = []
     for head_dim in PARTS:
         for dtype in TYPES:
-            for q_len, masked in ((4096, False), (77, True)):
-                variant = _variant(head_dim, dtype, tiles_for(head_dim, dtype.itemsize, q_len, masked), masked)
-                found[variant.name] = variant
-    return list(found.values())
+            variants.append(_variant(head_dim, dtype, 4096, 4096))
+            variants.append(_variant(head_dim, dtype, 4095, 77, masked=True))
+        variants.append(_variant(head_dim, torch.float16, 4096, 77))
+    return variants
 
 
-def _variant(head_dim: int, dtype: torch.dtype, tiles: Tiles, masked: bool) -> Variant:
+def _variant(head_dim: int, dtype: torch.dtype, q_len: int, kv_len: int, masked: bool = False) -> Variant:
+    tiles = tiles_for(head_dim, dtype.itemsize, q_len, kv_len, masked)
     pointer = f"*{TYPES[dtype]}"
     pointers = {"q": pointer, "k": pointer, "v": pointer, "out": pointer}
+    even_m, even_n = q_len % tiles.block_m == 0, kv_len % tiles.block_n == 0
     constants = {
         "DIM": head_dim, "FIRST": PARTS[head_dim][0], "REST": PARTS[head_dim][1],
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "ALIGN": 16 // dtype.itemsize,
-        "Q_UNIT": 1, "K_UNIT": 1, "V_UNIT": 1, "O_UNIT": 1, "EVEN_M": not masked, "EVEN_N": not masked,
+        "Q_UNIT": 1, "K_UNIT": 1, "V_UNIT": 1, "O_UNIT": 1, "EVEN_M": even_m, "EVEN_N": even_n,
         "MASK": ADDED_MASK if masked else NO_MASK, "PRESCALED": masked, "WIDE": False,
     }  # fmt: skip
     if masked:
@@ -272,9 +282,11 @@ def _variant(head_dim: int, dtype: torch.dtype, tiles: Tiles, masked: bool) -> V
         **dict.fromkeys(constants, "constexpr"),
         "scale_log2": "fp32",
     }
-    rows = tiles.block_m + 2 * tiles.block_n  # of q, k and v: each is loaded somewhere in the code
+    # q, k and v are loaded somewhere in the code each, 16 bytes per thread where a tile has so much for all of them
+    sizes = [rows * PARTS[head_dim][0] * dtype.itemsize for rows in (tiles.block_m, tiles.block_n, tiles.block_n)]
+    case = "masked" if masked else "self" if even_n else "cross"
     return Variant(
-        name=f"attention/{head_dim}/{TYPES[dtype]}/{tiles.block_m}x{tiles.block_n}" + "/masked" * masked,
+        name=f"attention/{head_dim}/{TYPES[dtype]}/{case}/{tiles.block_m}x{tiles.block_n}",
         kernel=attention_kernel,
         signature={name: kinds[name] for name in attention_kernel.arg_names},
         constexprs=constants,
@@ -282,5 +294,5 @@ def _variant(head_dim: int, dtype: torch.dtype, tiles: Tiles, masked: bool) -> V
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         uses_mma=dtype != torch.float32,
-        vector_loads=rows * PARTS[head_dim][0] * dtype.itemsize // 16 // (32 * tiles.num_warps),
+        vector_loads=sum(size // (16 * 32 * tiles.num_warps) for size in sizes),
     )
