@@ -33,7 +33,7 @@ def series(record: dict, column: str) -> list[dict]:
         group["points"].append((point[column], fd["mean"], fd["sd"] or 0.0))
     rivals = [p for p in record["points"] if p["family"] in frontier.RIVALS and p[column] is not None]
     out = [{**g, "points": sorted(set(g["points"]))} for g in groups.values()]
-    if rivals:
+    if len({p["request"]["sampler"] for p in rivals}) > 1:
         envelope = lower_envelope([(p[column], p["measures"]["fd"]["mean"], 0.0) for p in rivals])
         out.append({"label": "best of all rivals", "style": "envelope", "prior": None, "points": envelope})
     return out
@@ -64,11 +64,33 @@ def draw(record: dict, stem: Path) -> list[Path]:
     return paths
 
 
+def as_frontier(record: dict) -> dict:
+    """A record of ``quality.py`` in the form that ``draw`` takes: one block of seeds, so no error bars."""
+
+    def estimate(value: float) -> dict:
+        return {"mean": value, "sd": None}
+
+    points = []
+    for row in record["rows"]:
+        if row["arm"] in ("tdpm:quality", "rival:fd"):
+            ours = row["arm"].startswith("tdpm")
+            points.append({
+                "arm": row["arm"], "family": frontier.OURS if ours else "k-diffusion", "target": "fd",
+                "nfe": row["budget"], "ms_per_picture": None, "measures": {"fd": estimate(row["fd"])},
+                "request": {"sampler": "best k-diffusion sampler", "prior": record["prior"]["kind"] if ours else None},
+            })  # fmt: skip
+    return {
+        "name": record["name"], "judge": record["judge"], "blocks": 1, "per_block": record["samples"],
+        "floor": estimate(record["floor"]), "reference": {"measures": {"fd": estimate(record["own60"]["fd"])}},
+        "points": points, "environment": record["environment"],
+    }  # fmt: skip
+
+
 def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path]:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    figure, axes = plt.subplots(figsize=(5.6, 4.3))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     thin = 0
@@ -77,7 +99,8 @@ def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path
         x, y, sd = zip(*line["points"], strict=True)
         style = _style(line, thin)
         thin += line["style"] == "rival"
-        axes.errorbar(x, y, yerr=None if line["style"] == "envelope" else sd, capsize=2, elinewidth=0.8, **style)
+        bars = None if line["style"] == "envelope" or not any(sd) else sd
+        axes.errorbar(x, y, yerr=bars, capsize=2, elinewidth=0.8, **style)
         ends.append((line["label"], x[-1], y[-1], style["color"], line["style"] in ("ours", "envelope")))
     reference = record["reference"]["measures"]["fd"]["mean"]
     for level, text, dash in ((record["floor"]["mean"], "floor: real pictures", ":"),
@@ -87,15 +110,16 @@ def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path
                       fontsize=8)  # fmt: skip
     axes.set_xlabel(AXES[name] + (f" ({record['environment']['device']})" if name == "milliseconds" else ""))
     axes.set_ylabel(f"{record['judge']}, lower is better")
-    axes.set_title(f"{record['name']}: {record['blocks']} blocks of {record['per_block']} seeds, mean and deviation",
-                   loc="left", fontsize=9)  # fmt: skip
+    blocks = f"{record['blocks']} blocks of {record['per_block']} seeds, mean and deviation"
+    told = blocks if record["blocks"] > 1 else f"{record['per_block']} seeds"
+    axes.set_title(f"{record['name']}: {told}", loc="left", fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     if name == "evaluations":
         axes.set_xticks(sorted({int(p[0]) for line in lines for p in line["points"]}))
-    figure.subplots_adjust(left=0.1, right=0.74, top=0.92, bottom=0.12)
+    figure.subplots_adjust(left=0.11, right=0.68, top=0.92, bottom=0.12)
     _label_ends(figure, axes, ends)
     paths = []
     for suffix in ("png", "svg"):
