@@ -1,7 +1,8 @@
 """What the sampler ``tdpm`` costs in ComfyUI beside the network: whole jobs against the host's own dpmpp_2m.
 
-    make test-hosts ARGS="-k where"        # fetches ComfyUI into .venv/overlays, once
     python benchmarks/host_overhead.py --json benchmarks/results/host_overhead.json
+
+ComfyUI is the one that `make test-hosts` fetches, or the folder named with --comfyui.
 
 Both samplers make the same number of calls of the same tiny UNet (two levels, 4x8x8 latents, about 1M weights: the
 worst case, since the network costs nearly nothing) through ComfyUI's own sampling code; they take turns in one
@@ -74,7 +75,7 @@ def jobs(sample, tiny, steps: tuple[int, ...], clock: CpuClock) -> dict:
     """Name and number of steps -> a call that runs the whole job."""
     from tdpm_ext.fit import fit_prior
     from tdpm_ext.hosts import install
-    from tdpm_ext.hosts.comfyui_model import facts_of_patcher
+    from tdpm_ext.hosts.comfyui_model import facts_of
     from tdpm_ext.hosts.comfyui_nodes import with_prior
     from tdpm_ext.hosts.comfyui_priors import Pick
 
@@ -82,7 +83,7 @@ def jobs(sample, tiny, steps: tuple[int, ...], clock: CpuClock) -> dict:
     model = tiny.tiny_model()
     data = torch.randn(600, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * tiny.DATA_STD
     prior = fit_prior("gaussian", data, sigma_max=14.6146, progress=False)
-    prior.card["checkpoint"] = facts_of_patcher(model).checkpoint
+    prior.card["checkpoint"] = facts_of(model).checkpoint
     prior.card["comfyui"] = {"prompt": "0" * 16}  # so that prompts are compared, too
     model = with_prior(model, Pick("tiny.safetensors", prior))
     model.set_model_unet_function_wrapper(clock.watch)

@@ -55,7 +55,7 @@ def fit(job: Job):
     Raises:
         ValueError: a rectified-flow model, or a model that gives NaN.
     """
-    facts = comfyui_model.facts_of_patcher(job.model)
+    facts = comfyui_model.facts_of(job.model)
     if facts.flow:
         raise ValueError(
             f"{facts.family} is a rectified-flow model, whose x is not data + sigma * noise: no prior can be fitted"

@@ -21,7 +21,7 @@ class Facts:
     """What a prior is compared with. None: a wrapper hides it.
 
     Attributes:
-        checkpoint: fingerprint of the weights, the same with and without LoRAs.
+        checkpoint: fingerprint of the weights, the same with and without LoRAs; None also for merged checkpoints.
         family: ComfyUI's name for the architecture, such as SD15 or SDXL.
         latent: its name for the units of the latents.
         prediction: its name for what the network predicts; CONST is a rectified flow.
@@ -38,34 +38,16 @@ class Facts:
         return self.prediction == "CONST"
 
 
-def facts_of(base, backup: dict | None = None, sampling=None) -> Facts:
-    """The facts of a ``BaseModel``.
-
-    Args:
-        backup: ``ModelPatcher.backup``, the weights as they were before LoRAs were merged into them.
-        sampling: its ``model_sampling`` where a node replaces the model's own.
-    """
-    if base is None:
-        return Facts()
-    sampling = base.model_sampling if sampling is None else sampling
-    return Facts(
-        checkpoint=_fingerprint(base, backup or {}),
-        family=type(getattr(base, "model_config", base)).__name__,
-        latent=type(base.latent_format).__name__,
-        prediction=type(sampling).__bases__[-1].__name__,
-    )
+def facts_of(patcher) -> Facts:
+    """The facts of a MODEL, as nodes pass it around: a ``ModelPatcher``."""
+    return _facts(patcher.model, patcher, patcher.get_model_object("model_sampling"))
 
 
 def facts_behind(model) -> Facts:
     """The facts of what a sampler was given: ``KSamplerX0Inpaint`` or a wrapper around it."""
     patcher = getattr(guider_behind(model), "model_patcher", None)
     base = next((link for link in _links(model) if hasattr(link, "latent_format")), None)
-    return facts_of(base, getattr(patcher, "backup", None))
-
-
-def facts_of_patcher(patcher) -> Facts:
-    """The facts of a MODEL, as nodes pass it around."""
-    return facts_of(patcher.model, patcher.backup, patcher.get_model_object("model_sampling"))
+    return Facts() if base is None else _facts(base, patcher, base.model_sampling)
 
 
 def guider_behind(model):
@@ -99,11 +81,26 @@ def range_ends(model) -> list[tuple[str, float]]:
     return sorted(found)
 
 
+def _facts(base, patcher, sampling) -> Facts:
+    return Facts(
+        checkpoint=None if _merged(base, patcher) else _fingerprint(base, getattr(patcher, "backup", {})),
+        family=type(getattr(base, "model_config", base)).__name__,
+        latent=type(base.latent_format).__name__,
+        prediction=type(sampling).__bases__[-1].__name__,
+    )
+
+
 def _links(model) -> list:
     links = [model]
     while len(links) < _CHAIN and (inner := getattr(links[-1], "inner_model", None)) is not None:
         links.append(inner)
     return links
+
+
+def _merged(base, patcher) -> bool:
+    """Whether a node changes weights that no LoRA changes: the checkpoint is then another one, without a name."""
+    patches = getattr(patcher, "patches", None)
+    return bool(patches) and any(name in patches for name, weight in base.named_parameters() if weight.ndim == 1)
 
 
 def _fingerprint(base, backup: dict) -> str:

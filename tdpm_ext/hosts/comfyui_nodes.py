@@ -101,7 +101,9 @@ class FitTDPMPrior:
             },
         }
 
-    def fit(self, model, positive, negative, latent_image, cfg, draws, calibrate_steps, fit_seed, batch, name, kind=""):
+    def fit(
+        self, model, positive, negative, latent_image, cfg, draws, calibrate_steps, fit_seed, batch, name, kind=KINDS[0]
+    ):
         import comfy.sample
 
         shape = tuple(comfy.sample.fix_empty_latent_channels(model, latent_image["samples"]).shape[1:])
@@ -176,7 +178,7 @@ class TDPMScheduler:
     def get_sigmas(self, model, steps, sigma_trunc, objective, prior=None):
         import comfy.samplers
 
-        facts = comfyui_model.facts_of_patcher(model)
+        facts = comfyui_model.facts_of(model)
         pick = comfyui_priors.find(facts, None, prior, model.model_options.get(OPTION))
         if pick.prior is None:
             log.warning("tdpm: no noise levels of a prior: %s; the model's karras schedule instead", pick.reason)

@@ -208,14 +208,14 @@ def comfy(tmp_path_factory):
 def tiny(comfy):
     """A MODEL and a prior that fits it, by hand: the tiny model's pictures are Gaussian."""
     from tdpm_ext.fit import fit_prior
-    from tdpm_ext.hosts.comfyui_model import facts_of_patcher
+    from tdpm_ext.hosts.comfyui_model import facts_of
     from tdpm_ext.hosts.comfyui_nodes import with_prior
     from tdpm_ext.hosts.comfyui_priors import Pick
 
     model = comfy.tiny.tiny_model()
     data = torch.randn(600, *SIZE, generator=torch.Generator().manual_seed(0)) * comfy.tiny.DATA_STD
     prior = fit_prior("gaussian", data, sigma_max=14.6146, progress=False)
-    facts = facts_of_patcher(model)
+    facts = facts_of(model)
     prior.card |= {"checkpoint": facts.checkpoint}
     prior.card["comfyui"] = {name: getattr(facts, name) for name in ("family", "latent", "prediction")}
     pick = Pick("tiny.safetensors", prior)

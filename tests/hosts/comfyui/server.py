@@ -15,7 +15,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 START, JOB = 240, 300  # seconds that a busy machine may need
 
 

@@ -89,6 +89,17 @@ def test_a_lora_hides_no_prior(comfy, tiny, folder):
     assert comfy.ksampler(comfy.with_lora(tiny.bare)).used_prior
 
 
+def test_a_merged_checkpoint_is_not_taken_for_its_parts(comfy, tiny, n, folder):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    save_prior(tiny.prior, folder / "mine.safetensors")
+    (merged,) = ModelMergeSimple().merge(tiny.bare, comfy.tiny.tiny_model(seed=1), 0.5)
+    run = comfy.ksampler(merged)
+    assert not run.used_prior and "models/tdpm holds no prior for this model" in run.log[0]
+    assert comfy.ksampler(n.LoadTDPMPrior().load(merged, "mine.safetensors")[0]).used_prior  # by hand it is yours
+    assert comfy.ksampler(tiny.bare).used_prior
+
+
 # -- Fit TDPM Prior ----------------------------------------------------------------------------------------------------
 
 

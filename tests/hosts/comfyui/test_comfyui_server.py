@@ -77,7 +77,8 @@ def test_a_prior_is_fitted_found_and_used_and_a_repeat_is_the_same(server):
     fit = {name: job("x")[name] for name in ("model", "latent")}
     fit["fitted"] = node("FitTDPMPrior", model=["model", 0], **conds, **options, kind="gaussian")
     entry = server.wait(server.queue(fit))
-    assert status(entry) == "success" and entry["outputs"]["fitted"]["text"][0].startswith("tiny.safetensors: sigma_trunc")
+    assert status(entry) == "success"
+    assert entry["outputs"]["fitted"]["text"][0].startswith("tiny.safetensors: sigma_trunc")
     assert (server.base / "models" / "tdpm" / "tiny.safetensors").is_file()
     files = server.get("/object_info/LoadTDPMPrior")["LoadTDPMPrior"]["input"]["required"]["prior_name"][0]
     assert files == ["automatic", "tiny.safetensors"]
