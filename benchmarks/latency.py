@@ -200,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the denoiser")
     add("--batch", type=int, nargs="+", default=[1, 16], help="pictures per call (default: 1 16)")
     add("--budgets", type=int, nargs="+", default=[4], help="evaluations of the tdpm arms (default: 4)")
-    add("--against", type=int, nargs="+", default=[8, 50], help=f"{RIVAL} at these too (default: 8 50)")
+    add("--against", type=int, nargs="+", help=f"{RIVAL} at these too (default: 8 50; 8 with --quick)")
     add("--objective", choices=("fidelity", "quality"), default="fidelity", help="which plan of the prior")
     add("--cond-scale", type=float, default=1.0, help="guidance, the same for all arms")
     add("--sigma-max", type=float, default=80.0)
@@ -212,6 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--overhead", action="store_true", help="time the samplers alone, on a model that does nothing")
     add("--first", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.against = args.against or ([8] if args.quick else [8, 50])
     wrong = [n for n in (*args.batch, *args.budgets, *args.against, args.rounds or 1) if n < 1]
     if wrong:
         parser.error(f"batches, budgets and rounds are whole numbers of at least 1, not {wrong[0]}")

@@ -184,6 +184,15 @@ def test_what_cannot_be_done_is_said_in_one_line(data, tmp_path, capsys, wrong, 
     assert error.startswith("fid: ") and message in error
 
 
+def test_the_quick_run_judges_what_ships(tmp_path, capsys):
+    assert fid.main(["--quick", "--device", "cpu", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "o")]) == 0
+    record = records.read(tmp_path / "o" / "record.json")
+    assert record["samples"] == fid.QUICK and record["nfe"] == 4
+    row = record["judges"][0]
+    assert row["whole"]["coverage"] > 0.9 and row["measures"]["fd"]["mean"] < 2 * row["floor"]["mean"]
+    assert "floor at 32" in capsys.readouterr().out
+
+
 def test_seeds_are_divided_into_consecutive_pieces():
     assert [list(c) for c in chunks.chunks_of(range(3, 10), 3)] == [[3, 4, 5], [6, 7, 8], [9]]
     for text in ("", "5-3", "a-b", "-1-4"):
