@@ -35,7 +35,9 @@ from benchmarks.networks import NETWORKS  # noqa: E402
 SCHEMA = "tdpm-kernels/1"
 BANDWIDTH = 2039.0  # GB/s: data sheet of the A100 SXM 80 GB, for which choices and the Inductor schedule are made
 CC = 80
-STUDY = 427  # launches of k-diffusion's CIFAR U-Net in eager, as counted before; ours counts 466 with its wrapper
+# Launches of k-diffusion's CIFAR U-Net in eager without its preconditioning, and without copies and fills: what the
+# promise was made against. Counted as here, with both, it is 448, and 466 with the preconditioning.
+PROMISED = 427
 BARS = {"chain": 0.70, "launches": 0.5}
 
 
@@ -52,6 +54,7 @@ def count_row(name: str, arm: str, launches: list[traffic.Launch], batch: int, d
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "launches": whole["launches"],
+        "network_launches": None,  # without k-diffusion's preconditioning
         "bytes": whole["once"],
         "chain_launches": chain["launches"] if counted else None,
         "chain_bytes": chain["once"] if counted else None,
@@ -67,7 +70,11 @@ def count_all(names: list[str], batch: int, dtype: torch.dtype, inductor: bool) 
     for name in names:
         for arm in traffic.ARMS:
             launches = traffic.count(name, arm, batch=batch, dtype=dtype, cc=CC)
-            rows.append(count_row(name, arm, launches, batch, dtype))
+            row = count_row(name, arm, launches, batch, dtype)
+            if name == "cifar10":
+                inner = traffic.count(name, arm, batch=batch, dtype=dtype, cc=CC, inner=True)
+                row["network_launches"] = traffic.totals(inner)["launches"]
+            rows.append(row)
         if not inductor:
             continue
         try:
@@ -99,9 +106,11 @@ def bars(rows: list[dict]) -> list[dict]:
         for what in ("chain_passes", "chain_bytes"):
             found.append(_bar(f"sd15: {what}, accelerate / eager", ours[what] / eager[what], BARS["chain"]))
     if ("cifar10", "accelerate") in at:
-        ours, eager = at["cifar10", "accelerate"]["launches"], at["cifar10", "eager"]["launches"]
-        found.append(_bar(f"cifar10: launches, accelerate / {STUDY}", ours / STUDY, BARS["launches"]))
-        found.append(_bar(f"cifar10: launches, accelerate / eager ({eager})", ours / eager, BARS["launches"]))
+        ours, eager = at["cifar10", "accelerate"], at["cifar10", "eager"]
+        share = ours["network_launches"] / PROMISED
+        found.append(_bar(f"cifar10: launches of the network, accelerate / {PROMISED}", share, BARS["launches"]))
+        share = ours["launches"] / eager["launches"]
+        found.append(_bar("cifar10: launches of the denoiser, accelerate / eager", share, BARS["launches"]))
     return found
 
 
@@ -135,7 +144,7 @@ def _megabytes(n: int | None) -> str:
 
 
 def _milliseconds(ms: float | None) -> str:
-    return "-" if ms is None else f"{ms * 1e3:.0f} us" if ms < 1 else f"{ms:.2f} ms"
+    return "-" if ms is None else f"{ms * 1e3:.3g} us" if ms < 1 else f"{ms:.2f} ms"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -177,7 +177,9 @@ def pretended_gpu(cc: int) -> Iterator[None]:
 ARMS = ("eager", "accelerate")
 
 
-def count(name: str, arm: str, *, batch: int = 1, dtype: torch.dtype = torch.float16, cc: int = 80) -> list[Launch]:
+def count(
+    name: str, arm: str, *, batch: int = 1, dtype: torch.dtype = torch.float16, cc: int = 80, inner: bool = False
+) -> list[Launch]:
     """What one call of network ``name`` launches on a GPU of compute capability ``cc`` / 10.
 
     Args:
@@ -187,6 +189,7 @@ def count(name: str, arm: str, *, batch: int = 1, dtype: torch.dtype = torch.flo
         batch: pictures.
         dtype: of weights and inputs.
         cc: as in ``PROCESSORS``.
+        inner: without k-diffusion's preconditioning around the network.
     """
     from tdpm_ext.kernels import accelerate
 
@@ -197,8 +200,9 @@ def count(name: str, arm: str, *, batch: int = 1, dtype: torch.dtype = torch.flo
         if arm == "accelerate":
             accelerate(model, graphs="off")
             model(*args, **kwargs)
+        part = model.inner_model if inner else model
         with Traffic(PROCESSORS[cc]) as traffic:
-            model(*args, **kwargs)
+            part(*args, **kwargs)
     return traffic.launches
 
 
