@@ -34,6 +34,7 @@ sys.path.append(str(ROOT))
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import features as judges  # noqa: E402
 from benchmarks import metrics, records, rivals  # noqa: E402
+from benchmarks.judging import class_sequence, spread  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
@@ -54,6 +55,7 @@ class Bench:
     work: Path
     args: argparse.Namespace
     checkpoint: str | None
+    labels: torch.Tensor | None = None  # of the judging pictures
 
     def __post_init__(self):
         self.real = np.asarray(self.extract(self.judge), dtype=np.float64)
@@ -67,7 +69,8 @@ class Bench:
         return metrics.frechet_distance(other, reference)
 
     def extra(self, count: int) -> dict:
-        return {"class_cond": torch.arange(count) % self.num_classes} if self.num_classes else {}
+        """Classes in the proportions of the judging pictures: in turn where those are equal."""
+        return {"class_cond": class_sequence(self.labels, self.num_classes, count)} if self.num_classes else {}
 
     def noise(self, count: int, first: int = 1_000_000) -> torch.Tensor:
         return rivals.noise_for(range(first, first + count), self.shape)
@@ -84,11 +87,6 @@ class Bench:
         temporary.replace(path)
         print(f"{self.name}: {name} took {time.time() - start:.0f} s", flush=True)
         return x
-
-
-def spread(total: int, count: int) -> np.ndarray:
-    """``count`` indices evenly over ``total``: folders are read class by class, so [:count] is no sample."""
-    return np.linspace(0, total - 1, min(total, count)).round().astype(int)
 
 
 def tune_rivals(bench: Bench, reference: torch.Tensor) -> dict:
@@ -322,8 +320,9 @@ def parse(argv=None) -> argparse.Namespace:
 def build(args: argparse.Namespace) -> Bench:
     assets = ROOT / "assets" / args.name
     fit = load_pictures(args.data or assets / "fit.zip")
-    judge = to_unit(load_pictures(args.judge or assets / "eval.zip", limit=args.judge_count).images)
-    args.features = args.features or str(assets / "features.safetensors")
+    real = load_pictures(args.judge or assets / "eval.zip", limit=args.judge_count)
+    judge, own = to_unit(real.images), assets / "features.safetensors"
+    args.features = args.features or (str(own) if own.exists() else "efflite")
     if args.features == "efflite":
         net, args.features_name = judges.EffLiteMid(), "FD-EffLite0-mid112"
     else:
@@ -337,7 +336,7 @@ def build(args: argparse.Namespace) -> Bench:
     else:
         checkpoint = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors")
         model, classes, fingerprint = checkpoint.model, checkpoint.num_classes, checkpoint.fingerprint
-    return Bench(args.name, model, args.ideal, classes, fit, judge, net, work, args, fingerprint)
+    return Bench(args.name, model, args.ideal, classes, fit, judge, net, work, args, fingerprint, real.labels)
 
 
 def main(argv=None) -> None:
