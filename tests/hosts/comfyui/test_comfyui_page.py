@@ -32,6 +32,7 @@ def server(comfy, serving, module_here, tmp_path_factory):
     assert main(["install", "comfyui", "--path", str(base)]) == 0
     with serving.Server(Path(os.environ["COMFYUI"]), base) as server:
         yield server
+    (base / "models" / "checkpoints" / CHECKPOINT).unlink()  # pytest keeps its folders, and this is 400 MB
 
 
 async def load(page, name, widgets):
