@@ -19,9 +19,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- RESULTS: python benchmarks/tables.py -->", "<!-- END RESULTS -->"
 RUNS = {  # file: title
     "quality-fashion-mnist-checkpoint": "Shipped Fashion-MNIST checkpoint, class by class",
+    "quality-emoji-checkpoint": "Shipped emoji checkpoint (RGB), class by class",
     "quality-fashion-mnist-ideal": "Ideal denoiser, Fashion-MNIST",
     "quality-digits-ideal": "Ideal denoiser, handwritten digits (nothing was tuned on them)",
     "quality-cifar10-jpeg-ideal": "Ideal denoiser, CIFAR-10 (JPEG 75, figures only)",
+}
+FRONTIERS = {
+    "frontier-fashion-mnist-checkpoint": "Frontier, shipped Fashion-MNIST checkpoint",
+    "frontier-emoji-checkpoint": "Frontier, shipped emoji checkpoint (RGB)",
+    "frontier-cifar10-jpeg-ideal": "Frontier, ideal denoiser of CIFAR-10",
 }
 
 
@@ -52,6 +58,36 @@ def table(result: dict, title: str) -> str:
     return "\n".join(lines)
 
 
+def frontier_table(record: dict, title: str) -> str:
+    """One frontier as Markdown: tdpm's best arm within each budget against the best of all tuned rivals."""
+
+    def fd(value: dict) -> str:
+        return f"{value['mean']:.2f} ± {value['sd']:.2f}"
+
+    said = {"ahead": "ahead", "tie": "tie (under the noise)", "behind": "behind"}
+    tried = f"{len({r['sampler'] for r in record['search']['best']})} samplers, {record['search']['tried']} runs"
+    lines = [
+        f"**{title}.** {record['judge']}, {record['blocks']} blocks of {record['per_block']} seeds; the denoiser's own "
+        f"60-evaluation run has {fd(record['reference']['measures']['fd'])}, real pictures (the floor) "
+        f"{record['floor']['mean']:.2f}. Rivals: {tried} tried. `{record['command']}`",
+        "",
+        "| evaluations | tdpm | best of all rivals | difference | evaluations saved at equal quality |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["verdict"]:
+        saved = "never as good" if row["saved"] is None else f"{row['saved']:.1f}x"
+        cells = [str(row["budget"]), f"**{fd(row['ours_fd'])}**"]
+        cells += [f"{fd(row['rival_fd'])} ({row['rival'].rsplit(' for ', 1)[0]})", said[row["outcome"]], saved]
+        lines.append(f"| {' | '.join(cells)} |")
+    figure = f"benchmarks/results/frontier-{slug(record)}-evaluations.png"
+    lines += ["", f"![{title}: distance against evaluations]({figure})"]
+    return "\n".join(lines)
+
+
+def slug(record: dict) -> str:
+    return f"{record['name']}-{'ideal' if record['checkpoint'] == 'ideal' else 'checkpoint'}"
+
+
 def render() -> str:
     """All tables whose JSON is there, with one paragraph on how to read them."""
     parts = [
@@ -61,6 +97,10 @@ def render() -> str:
         "dpm_2, lms and dpmpp_2m with sigma_max in {80, 40, 20, 10} and rho in {3, 7}, tuned for that very count and "
         "that very score."
     ]
+    for name, title in FRONTIERS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(frontier_table(records.read(path), title))
     for name, title in RUNS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():

@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import frontier, records, report  # noqa: E402
+from benchmarks import frontier, records, report, tables  # noqa: E402
 from benchmarks.drawing import Request  # noqa: E402
 from benchmarks.judging import MEASURES  # noqa: E402
 
@@ -115,6 +115,15 @@ def test_a_browser_draws_every_figure_and_nothing_is_wider_than_the_window(page,
     assert len(found["images"]) == page.count("<img")
     assert all(i["drawn"] and i["width"] > 200 and i["height"] > 50 and i["right"] <= width for i in found["images"])
     assert found["wide"] == [] and found["cut"] == []
+
+
+def test_the_readme_table_of_a_frontier_says_who_is_ahead_and_what_is_saved():
+    table = tables.frontier_table(frontier_record(), "Invented")
+    rows = [line for line in table.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [r.split(" | ")[0] for r in rows] == ["| 2", "| 4", "| 8"]
+    assert "**4.50 ± 0.10** | 15.00 ± 0.10 (diffusers:unipc 2) | ahead | 1.0x" in rows[0]
+    assert "| ahead | 3.2x |" in rows[2]
+    assert "frontier-invented-checkpoint-evaluations.png" in table
 
 
 def test_a_folder_without_results_or_with_a_wrong_one_is_refused(tmp_path, capsys):
