@@ -60,7 +60,8 @@ setup(
             "a1111_extension/scripts/*.py",
             "comfyui_node/*.py",
             "comfyui_node/example_workflows/*.json",
-        ]
+        ],
+        "tdpm_ext.kernels": ["*.json"],
     },
     install_requires=["torch>=2.4", "numpy>=1.26", "safetensors>=0.4.3", "tqdm>=4.60"],
     extras_require={

@@ -109,6 +109,15 @@ def device_of(model) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def _fused_update(x: torch.Tensor) -> Callable | None:
+    """`tdpm_ext.kernels.sampler_step` for CUDA tensors: the whole update in one launch. None elsewhere."""
+    if not x.is_cuda:
+        return None
+    from tdpm_ext.kernels.ops import sampler_step
+
+    return sampler_step
+
+
 @torch.no_grad()
 def solve(
     model: Callable[..., torch.Tensor],
@@ -155,13 +164,18 @@ def solve(
     rows = all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2], fitted)
     levels = torch.tensor(values, dtype=torch.float32).to(x.device)
     ones = x.new_ones([x.shape[0]])
+    fused = _fused_update(x)
     for i in range(steps) if disable else trange(steps, disable=disable):
         denoised = model(x, levels[i] * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
-        update = rows[i][0] * denoised
-        for weight, old in zip(rows[i][1:], past, strict=False):
-            update = update.add_(old, alpha=weight)
-        x = update.add_(x, alpha=values[i + 1] / values[i]) if values[i + 1] else update
+        weight, *older = rows[i][: 1 + len(past)]
+        if fused and denoised.dtype == x.dtype and denoised.shape == x.shape:
+            x, _ = fused(x, denoised, past[: len(older)], a=values[i + 1] / values[i], b=weight, c=older)
+        else:
+            update = weight * denoised
+            for share, old in zip(older, past, strict=False):
+                update = update.add_(old, alpha=share)
+            x = update.add_(x, alpha=values[i + 1] / values[i]) if values[i + 1] else update
         past = [denoised, *past[:1]]
     return x

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ideal": set(),
     "kernels": set(),
     "schedule": set(),
-    "solver": {"schedule"},
+    "solver": {"schedule", "kernels"},  # kernels on CUDA only, inside a function
     "denoiser": set(),
     "checkpoints": {"denoiser", "optional"},
     "priors": MATHS | {"pictures"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdpm_ext.kernels import reference, triton_step
+from tdpm_ext import solver
+from tdpm_ext.kernels import ops, reference, triton_step
 from tests.interpreted import canary, changed, check_canary, load_interpreted
 
 SHAPE = (3, 3, 21, 17)  # 3213 elements: three whole blocks and a ragged one
@@ -212,3 +215,83 @@ def test_everything(step, outputs):
     x, denoised, p0, p1, uncond, model_input, noise = randoms(7)
     options = {"uncond": uncond, "cond_scale": 3.0, "c_skip": 0.4, "c_out": 1.2, "model_input": model_input}
     check(step, outputs, x, denoised, (p0, p1), a=0.5, b=0.5, c=(0.1, 0.2), noise=noise, d=0.7, **options)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, EVEN, (64, 4, 64, 64)], ids=str)
+def test_compiled(shape, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, denoised, p0, p1, uncond, model_input, noise = (
+        torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(7)
+    )
+    options = {"uncond": uncond, "cond_scale": 3.0, "c_skip": 0.4, "c_out": 1.2, "model_input": model_input}
+    options |= {"a": 0.5, "b": 0.5, "c": (0.1, 0.2), "noise": noise, "d": 0.7}
+    found = triton_step.sampler_step(x, denoised, (p0, p1), **options)
+    expected = reference.sampler_step(x, denoised, (p0, p1), **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2 * torch.finfo(dtype).eps)
+
+
+# The solver takes it on CUDA
+
+
+def denoiser(x, sigma):
+    return torch.tanh(x / (1 + sigma.reshape(-1, 1, 1, 1)))
+
+
+SCHEDULES = {
+    "from noise": ([10.0, 3.0, 1.0, 0.2, 0.0], {"orders": 3}),
+    "order by step": ([10.0, 3.0, 1.0, 0.2], {"orders": [1, 2, 3]}),
+    "rising": ([0.2, 1.0, 3.0], {"orders": 2}),
+    "fitted weights": ([10.0, 3.0, 0.0], {"weights": [[1.0], [1.3, -0.3]]}),
+    "seeded": ([10.0, 3.0, 1.0, 0.0], {"orders": 3, "history": (80.0, 30.0)}),
+}
+
+
+def solved(schedule, device="cpu"):
+    sigmas, options = SCHEDULES[schedule]
+    generator = torch.Generator().manual_seed(0)
+    x, *known = (torch.randn(2, 3, 8, 8, generator=generator).to(device) for _ in range(3))
+    options = dict(options)
+    if "history" in options:
+        options["history"] = list(zip(options["history"], known, strict=True))
+    return solver.solve(denoiser, x * sigmas[0], sigmas, disable=True, **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_solver_does_its_steps_with_the_fused_one(schedule, monkeypatch):
+    expected, steps = solved(schedule), []
+
+    def fused(*args, **options):
+        steps.append(options)
+        return ops.sampler_step(*args, **options)
+
+    monkeypatch.setattr(solver, "_fused_update", lambda x: fused)  # as on CUDA
+    torch.testing.assert_close(solved(schedule), expected, atol=2e-6, rtol=2e-6)
+    assert len(steps) == len(SCHEDULES[schedule][0]) - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_solver_on_a_gpu_agrees_with_the_cpu(schedule):
+    torch.testing.assert_close(solved(schedule, "cuda").cpu(), solved(schedule), atol=1e-5, rtol=1e-5)
+
+
+def test_an_estimate_in_another_dtype_is_stepped_in_plain_torch(monkeypatch):
+    monkeypatch.setattr(solver, "_fused_update", lambda x: lambda *args, **options: pytest.fail("was called"))
+    x = torch.zeros(1, 1, 2, 2)
+    assert solver.solve(lambda x, sigma: x.half(), x, [1.0, 0.5], disable=True).dtype == torch.float16
+
+
+def test_on_the_cpu_the_solver_does_not_even_import_the_kernels():
+    code = (
+        "import sys, torch; from tdpm_ext.solver import solve\n"
+        "solve(lambda x, sigma: 0 * x, torch.ones(1, 2), [1.0, 0.5, 0.0], disable=True)\n"
+        "assert not [name for name in sys.modules if name.startswith('tdpm_ext.kernels')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
