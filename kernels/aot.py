@@ -23,16 +23,25 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tdpm_ext.kernels.aot_compile import MissingCompiler, cache_key, default_cache, measure, triton_version
+from tdpm_ext.kernels.aot_compile import (
+    Built,
+    MissingCompiler,
+    build,
+    cache_key,
+    default_cache,
+    inspect,
+    triton_version,
+)
 from tdpm_ext.kernels.aot_report import failures, read_baseline, summary, table, write_baseline
 from tdpm_ext.kernels.aot_rules import CARDS
 from tdpm_ext.kernels.variant import Variant
 
 MODULES = tuple(f"{__package__}.{name}" for name in ("triton_norm", "triton_attn", "triton_step"))
-CHUNK = 10  # variants that one task of a worker compiles: few enough to share evenly, enough to disassemble together
+CHUNK = 4  # variants that one task of a worker compiles: few, so that the workers finish together
 KEEP = 4000  # results in the cache file; older ones go
 
 
@@ -76,23 +85,36 @@ def rotation(found: dict[int, dict[str, tuple[str, Variant]]]) -> dict[int, set[
     return chosen
 
 
-def _work(task: tuple[int, str, list[str]]) -> list[tuple[str, dict[str, Any]]]:
+_collect = lru_cache(maxsize=None)(lambda cc, module: collect(cc, [module]))
+
+
+def _build(task: tuple[int, str, list[str]]) -> tuple[int, dict[str, Built]]:
     """One worker's task (generation, module, cache keys): kernels do not travel between processes, their names do."""
     cc, module, keys = task
-    variants = {key: variant for key, (_, variant) in collect(cc, [module]).items()}
+    variants = _collect(cc, module)
     with tempfile.TemporaryDirectory(prefix="tdpm-aot-") as folder:  # nothing here ever runs: not for Triton's cache
         os.environ["TRITON_CACHE_DIR"] = folder
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth faster; the instructions are the same
-        return list(zip(keys, measure([variants[key] for key in keys], cc), strict=True))
+        return cc, {key: build(variants[key][1], cc) for key in keys}
 
 
-def compile_all(tasks: Sequence[tuple[int, str, list[str]]], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run ``tasks`` in ``jobs`` processes; yields (cache key, measurement) as they come."""
+def _inspect(task: tuple[int, dict[str, Built]]) -> dict[str, dict[str, Any]]:
+    cc, built = task
+    return dict(zip(built, inspect(list(built.values()), cc), strict=True))
+
+
+def compile_all(tasks: Sequence[tuple[int, str, list[str]]], jobs: int) -> dict[str, dict[str, Any]]:
+    """Run the ``tasks`` of `_build` in ``jobs`` processes; returns cache key -> measurement."""
     # A forked worker has Triton imported already. The parent compiles nothing itself, so no thread is lost by forking.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    built: dict[int, dict[str, Built]] = {}
+    found: dict[str, dict[str, Any]] = {}
     with multiprocessing.get_context(method).Pool(max(1, min(jobs, len(tasks)))) as pool:
-        for results in pool.imap_unordered(_work, tasks):
-            yield from results
+        for cc, some in pool.imap_unordered(_build, tasks):
+            built.setdefault(cc, {}).update(some)
+        for some in pool.imap_unordered(_inspect, built.items()):  # the disassembler starts once per generation
+            found.update(some)
+    return found
 
 
 @contextmanager
@@ -153,7 +175,7 @@ def run(
                     k for k, (origin, _) in variants.items() if origin == module and k in chosen[cc] - set(known)
                 ]
                 tasks += [(cc, module, missing[i : i + CHUNK]) for i in range(0, len(missing), CHUNK)]
-        fresh = dict(compile_all(tasks, jobs or os.cpu_count() or 1)) if tasks else {}
+        fresh = compile_all(tasks, jobs or os.cpu_count() or 1) if tasks else {}
         known.update((key, facts) for key, facts in fresh.items() if "error" not in facts)
         measured = {**known, **fresh}
     results = {

@@ -11,13 +11,14 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tdpm_ext.kernels.aot_rules import occupancy
 from tdpm_ext.kernels.variant import Variant
 
-MEASURE_VERSION = 1  # part of every cache key: raise it when `measure` learns or forgets something
+MEASURE_VERSION = 1  # part of every cache key: raise it when `inspect` learns or forgets something
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: Triton 3.10 turns its default off
 
 # SASS mnemonics. A global load that bypasses the registers (LDGSTS) or is done by the copy engine is a load too.
@@ -156,24 +157,37 @@ def count_instructions(mnemonics: Sequence[str]) -> dict[str, int]:
     }
 
 
-def measure(variants: Sequence[Variant], cc: int) -> list[dict[str, Any]]:
-    """Compile ``variants`` for ``cc`` and describe the machine code of each; {"error": ...} for one that fails."""
-    built: list[tuple[bytes, int] | str] = []
-    for variant in variants:
-        try:
-            built.append(compile_variant(variant, cc))
-        except Exception as error:  # the compiler raises of every kind; each becomes a failure of the gate
-            built.append(" ".join(f"{type(error).__name__}: {error}".split())[:500])
-    compiled = [item for item in built if not isinstance(item, str)]
-    code = iter(disassemble([code_section(elf) for elf, _ in compiled], cc) if compiled else [])
+@dataclass(frozen=True)
+class Built:
+    """A compiled variant: machine code (an ELF file) and dynamic shared memory, bytes; or why there is none."""
+
+    elf: bytes
+    shared: int
+    num_warps: int
+    error: str = ""
+
+
+def build(variant: Variant, cc: int) -> Built:
+    """Compile ``variant`` for ``cc``; whatever goes wrong becomes the result's ``error``."""
+    try:
+        elf, shared = compile_variant(variant, cc)
+    except Exception as error:  # the compiler raises of every kind; each is a failure of the gate
+        said = " ".join(f"{error} {error.__cause__ or ''}".split())  # the end says what is wrong, the rest quotes
+        return Built(b"", 0, variant.num_warps, f"{type(error).__name__}: ...{said[-300:]}")
+    return Built(elf, shared, variant.num_warps)
+
+
+def inspect(built: Sequence[Built], cc: int) -> list[dict[str, Any]]:
+    """Describe the machine code of each for the gate; {"error": ...} for what did not compile."""
+    compiled = [item for item in built if not item.error]
+    code = iter(disassemble([code_section(item.elf) for item in compiled], cc) if compiled else [])
     results: list[dict[str, Any]] = []
-    for variant, item in zip(variants, built, strict=True):
-        if isinstance(item, str):
-            results.append({"error": item})
+    for item in built:
+        if item.error:
+            results.append({"error": item.error})
             continue
-        elf, shared = item
-        facts = resources(elf) | {"shared": shared} | count_instructions(next(code))
-        facts["occupancy"] = round(occupancy(cc, facts["registers"], shared, variant.num_warps), 4)
+        facts = resources(item.elf) | {"shared": item.shared} | count_instructions(next(code))
+        facts["occupancy"] = round(occupancy(cc, facts["registers"], item.shared, item.num_warps), 4)
         results.append(facts)
     return results
 

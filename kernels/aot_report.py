@@ -61,7 +61,8 @@ def write_baseline(report: dict[str, Any], path: Path = BASELINE) -> None:
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The measurements as text: one line per variant, a column per GPU generation."""
     results = report["results"]
-    names = list(dict.fromkeys(name for variants in results.values() for name in variants))
+    order = dict.fromkeys(name for names in report["variants"].values() for name in names)
+    names = [name for name in order if any(name in variants for variants in results.values())]
     width = max([len(name) for name in names], default=0)
     yield f"{'variant':{width}}  warps  16-byte loads  tensor  " + "  ".join(f"{arch:^16}" for arch in results)
     yield f"{'':{width}}                              " + "  ".join(f"{'regs  shared  occ':16}" for _ in results)

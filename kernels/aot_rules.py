@@ -53,7 +53,7 @@ def broken_rules(cc: int, facts: Mapping[str, Any]) -> Iterator[str]:
 
     Args:
         cc: compute capability as in ``CARDS``.
-        facts: a measurement of `aot_compile.measure`, with the wishes of its Variant.
+        facts: one result of `aot_compile.inspect`, with the wishes of its Variant.
     """
     if "error" in facts:
         yield f"does not compile: {facts['error']}"

@@ -204,7 +204,8 @@ def test_a_baseline_of_one_generation_leaves_the_others(tmp_path):
 
 
 def test_the_table_has_a_line_per_variant_and_a_column_per_generation():
-    report = {"results": {"sm_80": {"a": CLEAN, "b": {"error": "no", "num_warps": 4}}, "sm_90": {"a": CLEAN}}}
+    results = {"sm_80": {"a": CLEAN, "b": {"error": "no", "num_warps": 4}}, "sm_90": {"a": CLEAN}}
+    report = {"results": results, "variants": {"sm_80": ["a", "b", "c"], "sm_90": ["a", "b", "c"]}}
     head, _, first, second = aot_report.table(report)
     assert "sm_80" in head and "sm_90" in head
     assert first.count("32   0.0K 100%") == 2 and "4 of 4" in first
