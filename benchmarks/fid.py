@@ -26,8 +26,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# not this script's own folder, whose modules would hide installed packages of their names
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(ROOT)]
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import judging, metrics, records  # noqa: E402

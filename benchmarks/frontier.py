@@ -13,6 +13,7 @@ from benchmarks import metrics
 
 OURS = "tdpm"
 RIVALS = ("k-diffusion", "diffusers")
+OUTCOMES = {-1: "ahead", 0: "tie", 1: "behind"}
 
 
 def estimate(point: dict, measure: str = "fd") -> metrics.Estimate:
@@ -69,7 +70,7 @@ def verdict(points: list[dict], budgets) -> list[dict]:
         rows.append({
             "budget": budget, "ours": mine["arm"], "ours_fd": mine["measures"]["fd"],
             "rival": theirs["arm"], "rival_fd": theirs["measures"]["fd"],
-            "outcome": {-1: "ahead", 0: "tie", 1: "behind"}[metrics.compare(a, b)],
+            "outcome": OUTCOMES[metrics.compare(a, b)],
             "on_frontier": bool(a.value - b.value <= np.hypot(a.error, b.error)),
             "saved": None if needed is None else theirs["nfe"] / needed,
         })  # fmt: skip
@@ -89,5 +90,6 @@ def show(record: dict) -> str:
         fds = [(row[f"{who}_fd"], row[who][:28]) for who in ("ours", "rival")]
         sides = [f"{fd['mean']:8.3f} ({fd['sd']:.3f}) {arm:28}" for fd, arm in fds]
         saved = "never as good" if row["saved"] is None else f"{row['saved']:.2f}x"
-        lines.append(f"{row['budget']:6d} | {sides[0]} | {sides[1]} | {row['outcome']:7} | {saved}")
+        second = f"; by the second judge {row['second']['outcome']}" if row.get("second") else ""
+        lines.append(f"{row['budget']:6d} | {sides[0]} | {sides[1]} | {row['outcome']:7} | {saved}{second}")
     return "\n".join(lines)

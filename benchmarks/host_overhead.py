@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -142,12 +140,10 @@ def main() -> None:
         percent = f"{row['overhead_percent_of_step']:+.2f} % of a step of {row[f'{RIVAL}_step_ms']:.1f} ms"
         print(f"{row['steps']:3} steps: {text}: {percent} (CPU time)")
     if args.json:
-        from benchmarks import timing
+        from benchmarks import records, timing
 
-        report = {"environment": timing.environment(torch.device("cpu")), "host": "ComfyUI", "rows": rows}
-        draft = args.json.with_name(f".{args.json.name}.{os.getpid()}")
-        draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, args.json)
+        report = {"schema": "tdpm-host-overhead/1", "environment": timing.environment(torch.device("cpu"))}
+        records.write({**report, "host": "ComfyUI", "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# not this script's own folder, whose modules would hide installed packages of their names
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(ROOT)]
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import diffusers_rivals, figures, frontier, judging, metrics, records, timing  # noqa: E402
@@ -118,8 +120,7 @@ def search_rivals(bench: Bench) -> tuple[list[dict], Search]:
     few, more = bench.args.search_samples
     seeds = range(SEARCH_SEED, SEARCH_SEED + more)
     long = Request.rival("dpmpp_2m", 60)
-    path = bench.work / f"search-reference-{more}"
-    store = Store(path, {"checkpoint": bench.fingerprint, "request": long.to_json()})
+    store = Store(bench.work / f"search-reference-{more}", {"checkpoint": bench.fingerprint, "request": long.to_json()})
     parts = chunks_of(seeds, bench.args.batch)
     for part in parts:
         if store.read(part) is None:
@@ -130,7 +131,8 @@ def search_rivals(bench: Bench) -> tuple[list[dict], Search]:
         return {"fd": bench.judge.fd(x), "rmse": metrics.paired_rmse(x, reference[: len(x)])}
 
     names = bench.args.samplers or list(SAMPLERS)
-    search = Search(bench.drawer, score, seeds, few, more, bench.work / "search.jsonl", bench.args.batch)
+    path = bench.work / f"search-{bench.judge.name}.jsonl"
+    search = Search(bench.drawer, score, seeds, few, more, path, bench.args.batch)
     steps = {SAMPLERS[n].steps_within(b) for n in names for b in bench.args.budgets} - {0}
     return search.run(names, bench.args.budgets, gits_for(bench.drawer, seeds[:24], steps)), search
 
@@ -183,6 +185,25 @@ def same_seed_grid(bench: Bench, points: list[dict]):
     return picture_grid([list(pictures) for _, pictures in rows], [label for label, _ in rows])
 
 
+def second_opinion(bench: Bench, rows: list[dict], points: list[dict], features: str) -> dict:
+    """The points of the verdict under another feature network; adds ``second`` to each row, returns name and floor."""
+    net, name = judging.load_net(features)
+    judge, known = replace(bench.judge, net=net, name=name), {}
+
+    def fd(arm: str) -> metrics.Estimate:
+        if arm not in known:
+            request = Request.from_json(next(p for p in points if p["arm"] == arm)["request"])
+            x = bench.pictures(request, kept_as(arm))[0]
+            known[arm] = judge.over_blocks(judge.features(x), bench.args.blocks)["fd"]
+        return known[arm]
+
+    for row in rows:
+        ours, rival = fd(row["ours"]), fd(row["rival"])
+        outcome = frontier.OUTCOMES[metrics.compare(ours, rival)]
+        row["second"] = {"ours_fd": records.estimate(ours), "rival_fd": records.estimate(rival), "outcome": outcome}
+    return {"judge": name, "floor": records.estimate(judge.floor(bench.args.samples))}
+
+
 def time_points(bench: Bench, points: Iterable[dict], rounds: int) -> None:
     """Milliseconds per picture of every point, taking turns; medians."""
     seeds, calls = range(TIMED), {}
@@ -204,6 +225,8 @@ def run(bench: Bench) -> dict:
     points = measure_points(bench, rows, own)
     if bench.args.rounds:
         time_points(bench, [p for p in points if p["family"] != "straw man"], bench.args.rounds)
+    verdict = frontier.verdict(points, bench.args.budgets)
+    second = second_opinion(bench, verdict, points, bench.args.second) if bench.args.second else None
     middle = next(p for p in points if p["target"] == "quality" and p["nfe"] == min(4, max(bench.args.budgets)))
     x = bench.pictures(Request.from_json(middle["request"]), kept_as(middle["arm"]))[0]
     save_png(same_seed_grid(bench, points), bench.args.out.with_name(f"{bench.args.out.stem}-grid.png"))
@@ -213,7 +236,7 @@ def run(bench: Bench) -> dict:
         "floor": records.estimate(bench.judge.floor(bench.args.samples)), "reference": reference, "points": points,
         "search": {"tried": search.tried, "samples": list(bench.args.search_samples),
                    "budgets": list(bench.args.budgets), "best": rows},
-        "verdict": frontier.verdict(points, bench.args.budgets),
+        "verdict": verdict, "second": second,
         "priors": {kind: {"kind": prior.kind, **prior.card} for kind, prior in bench.priors.items()},
         "memorisation": bench.judge.memorisation(x[:2000])._asdict(),
         "command": records.command("pareto.py", bench.args.given),
@@ -249,6 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="pictures to fit on, of a set that is not in assets/")
     add("--judge", type=Path, help="pictures to judge against, for --data")
     add("--features", help="feature network, or efflite (default: the set's own, else efflite)")
+    add("--second", help="another feature network, for the verdict's points (a file, or efflite)")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS))
     add("--priors", nargs="+", default=list(PRIORS), help="closed-form kinds; the first also for fidelity")
     add("--samples", type=int, default=2000, help="pictures per block of seeds (default 2000)")

@@ -99,12 +99,14 @@ def made_by(record: dict) -> str:
 
 def frontier_part(record: dict, folder: Path, scratch: Path) -> str:
     reference, copies = record["reference"]["measures"], record["memorisation"]
+    second = [record["second"]["judge"]] if record.get("second") else []
     verdict = table(
-        ["evaluations", "tdpm", "arm", "best rival", "arm", "difference", "evaluations saved"],
+        ["evaluations", "tdpm", "arm", "best rival", "arm", "difference", "evaluations saved", *second],
         [
             [str(r["budget"]), spread(r["ours_fd"]), text(r["ours"]), spread(r["rival_fd"]), text(r["rival"]),
              {"ahead": "ahead", "tie": "tie, under the noise", "behind": "behind"}[r["outcome"]],
-             "never as good" if r["saved"] is None else f"{r['saved']:.2f}x"]
+             "never as good" if r["saved"] is None else f"{r['saved']:.2f}x",
+             *([opinion(r["second"])] if second else [])]
             for r in record["verdict"]
         ],
         [r["outcome"] for r in record["verdict"]],
@@ -134,6 +136,11 @@ denoiser's own 60-evaluation run: {spread(reference["fd"])}; real against real p
 (1: no copying){ideal}.</p>{verdict}{shown}
 <h3>All points</h3>{points}<h3>Settings found for each rival ({record["search"]["tried"]} runs tried)</h3>
 {search_table(record)}{made_by(record)}"""
+
+
+def opinion(second: dict) -> str:
+    """What the second judge says of the same two arms."""
+    return f"{spread(second['ours_fd'])} against {spread(second['rival_fd'])}: {second['outcome']}"
 
 
 def search_table(record: dict) -> str:

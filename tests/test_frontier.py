@@ -105,7 +105,19 @@ def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("pareto")
     words = ["digits", "--ideal", "--budgets", 3, 4, "--priors", "gaussian", "--samples", 24, "--blocks", 3]
     words += ["--samplers", "dpmpp_2m", "diffusers:ddim", "--finalists", 2, "--search-samples", 6, 12]
-    words += ["--calibration-samples", 6, 70, "--rounds", 1, "--work", out / "work", "--out", out / "frontier.json"]
+    words += [
+        "--calibration-samples",
+        6,
+        70,
+        "--second",
+        pareto.ROOT / "assets/digits/features.safetensors",
+        "--rounds",
+        1,
+        "--work",
+        out / "work",
+        "--out",
+        out / "frontier.json",
+    ]
     assert pareto.main([str(w) for w in words]) == 0
     return out, [str(w) for w in words]
 
@@ -121,6 +133,9 @@ def test_a_small_run_gives_a_valid_record_with_all_arms(small):
     searched = {r["sampler"] for r in record["search"]["best"]}
     assert searched == {"dpmpp_2m", "diffusers:ddim"}
     assert record["memorisation"]["ratio"] > 0
+    assert record["second"]["judge"] == record["judge"]  # the same network twice: the same opinion
+    for row in record["verdict"]:
+        assert row["second"]["ours_fd"] == row["ours_fd"] and row["second"]["outcome"] == row["outcome"]
 
 
 def test_a_second_run_draws_nothing_again_and_figures_come_from_the_record_alone(small, monkeypatch):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from importlib import metadata
 
 import pytest
 from hypothesis import given
@@ -79,6 +81,13 @@ def test_a_file_that_is_wrong_is_named(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=r"list.json.*schema is None"):
         records.read(tmp_path / "list.json")
+
+
+def test_no_benchmark_hides_an_installed_package():
+    # `python benchmarks/x.py` puts the folder first on the path: a file named like a package would be imported for it
+    installed = {name.replace("-", "_").lower() for name in metadata.packages_distributions()} | sys.stdlib_module_names
+    own = {path.stem for path in (records.ROOT / "benchmarks").glob("*.py")}
+    assert own & installed == set()
 
 
 def test_commands_are_shown_from_the_repository(monkeypatch):
