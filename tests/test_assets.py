@@ -11,7 +11,7 @@ from benchmarks import features
 from tdpm_ext.pictures import load_pictures, to_unit
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-SETS = ("fashion-mnist", "digits")
+SETS = ("fashion-mnist", "digits", "emoji")
 
 
 @pytest.mark.parametrize("name", SETS)
