@@ -61,6 +61,45 @@ def _tile(base, rows, columns, stride_l, stride_d, length, DIM: tl.constexpr, EV
     return tl.load(pointers, mask=(rows < length) & (columns < DIM), other=0.0)
 
 
+@triton.jit
+def _limited(
+    scores, mask, scale_log2, rows, columns, m_l, last_row, last_column,
+    EVEN_N: tl.constexpr, MASK: tl.constexpr, PRESCALED: tl.constexpr,
+):  # fmt: skip
+    """Scores with the mask applied, and -inf for keys that are not there; times ``scale_log2`` if PRESCALED."""
+    if PRESCALED:
+        scores = scores * scale_log2
+    if MASK != 0:
+        given = mask + rows * m_l + columns
+        inside = (rows < last_row) & (columns < last_column)
+        if MASK == 1:
+            scores = tl.where(tl.load(given, mask=inside, other=0) != 0, scores, float("-inf"))
+        else:
+            scores = scores + tl.load(given, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
+    elif not EVEN_N:
+        scores = tl.where(columns < last_column, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _softmax(scores, peak, scale_log2, MASK: tl.constexpr, PRESCALED: tl.constexpr):
+    """Weights relative to the highest score so far, what that makes of earlier weights, and that score."""
+    highest = tl.max(scores, 1)
+    if not PRESCALED:  # with the subtraction below, one multiply-subtract
+        highest = highest * scale_log2
+        scores = scores * scale_log2
+    new_peak = tl.maximum(peak, highest)
+    origin = new_peak
+    if MASK != 0:  # rows that may attend to nothing so far: exp2(-inf - 0) is 0, where -inf + inf would be NaN
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    return tl.exp2(scores - origin[:, None]), tl.exp2(peak - origin), new_peak
+
+
+@triton.jit
+def _write(out, acc, share, rows, columns, stride_l, stride_d, inside):
+    tl.store(out + rows * stride_l + columns * stride_d, (acc * share).to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=SIZES + STRIDES)
 def attention_kernel(
     q, k, v, mask, out, scale_log2,
@@ -113,33 +152,11 @@ def attention_kernel(
             # A plain sum would become one product that accumulates onto the other, which Triton 3.6 to 3.8 may compile
             # wrongly for compute capability 10.3; one of the form x * 1 + y is left alone, and costs the same.
             scores = tl.fma(tl.dot(q1, k1, input_precision="ieee"), 1.0, scores)
-        if PRESCALED:
-            scores = scores * scale_log2
-        if MASK != 0:
-            given = mask + rows[:, None] * m_l + columns[None, :]
-            inside = (rows[:, None] < last_row) & (columns[None, :] < present)
-            if MASK == 1:
-                scores = tl.where(tl.load(given, mask=inside, other=0) != 0, scores, float("-inf"))
-            else:
-                added = tl.load(given, mask=inside, other=float("-inf")).to(tl.float32)
-                scores = scores + added * LOG2E
-        elif not EVEN_N:
-            scores = tl.where(columns[None, :] < present, scores, float("-inf"))
-
-        if PRESCALED:
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-        else:
-            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-        reference = new_peak
-        if MASK != 0:  # rows that may attend to nothing so far: exp2(-inf - 0) = 0, where -inf + inf would be NaN
-            reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        if PRESCALED:
-            weights = tl.exp2(scores - reference[:, None])
-        else:
-            weights = tl.exp2(scores * scale_log2 - reference[:, None])
-        shrink = tl.exp2(peak - reference)
+        scores = _limited(
+            scores, mask, scale_log2, rows[:, None], columns[None, :], m_l, last_row, present, EVEN_N, MASK, PRESCALED
+        )
+        weights, shrink, peak = _softmax(scores, peak, scale_log2, MASK, PRESCALED)
         total = total * shrink + tl.sum(weights, 1)
-        peak = new_peak
 
         v0 = _tile(v, columns[:, None], first[None, :], v_l, v_d, present, DIM, EVEN_N, True)
         weights = weights.to(v0.dtype)
@@ -153,13 +170,11 @@ def attention_kernel(
         if MASK != 0:
             mask += BLOCK_N
 
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row that may attend to nothing gives 0
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that may attend to nothing gives 0
     inside = rows[:, None] < last_row
-    target = out + rows[:, None] * o_l + first[None, :] * o_d
-    tl.store(target, (acc0 * share[:, None]).to(out.dtype.element_ty), mask=inside)
+    _write(out, acc0, share, rows[:, None], first[None, :], o_l, o_d, inside)
     if REST > 0:
-        target = out + rows[:, None] * o_l + rest[None, :] * o_d
-        tl.store(target, (acc1 * share[:, None]).to(out.dtype.element_ty), mask=inside & (rest[None, :] < DIM))
+        _write(out, acc1, share, rows[:, None], rest[None, :], o_l, o_d, inside & (rest[None, :] < DIM))
 
 
 def attention(

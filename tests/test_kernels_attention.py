@@ -386,11 +386,54 @@ def test_a_call_that_cannot_be_done_raises_with_every_reason(attn):
         attn.attention(t, t, t, mask=torch.zeros(3, 3))
 
 
+# On a GPU
+
+
+@pytest.fixture
+def compiled():
+    from tdpm_ext.kernels import triton_attn
+
+    return triton_attn
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(tiling.TYPES), ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_compiled_every_head_dimension(compiled, head_dim, dtype):
+    for lengths in ((256, 512), (4096, 77), (130, 77), (1, 1)):
+        q, k, v = (t.cuda() for t in inputs(*lengths, head_dim, dtype))
+        out = compiled.attention(q, k, v)
+        check(out, q, k, v)
+        assert torch.equal(out, compiled.attention(q, k, v))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(tiling.TYPES), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_strides(compiled, layout, dtype):
+    for length in (64, 256):
+        q, k, v = (t.to("cuda") for t in layout(length, 40, dtype))
+        check(compiled.attention(q, k, v), q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(tiling.TYPES), ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_compiled_masks(compiled, head_dim, dtype):
+    q, k, v = (t.cuda() for t in inputs(100, 77, head_dim, dtype))
+    mask = bool_mask(2, 1, 100, 77).cuda()
+    mask[:, :, ::3] = False
+    for allowed in (mask, torch.zeros(mask.shape, dtype=dtype, device="cuda").masked_fill_(~mask, -math.inf)):
+        out = compiled.attention(q, k, v, mask=allowed)
+        assert out[:, :, ::3].abs().max() == 0
+        check(out, q, k, v, mask=allowed)
+
+
 # A fault in the kernel is found
 
 
 FAULTS = {  # what goes wrong: (line of the kernel, what stands there instead)
-    "keys beyond the end are scored": ("columns[None, :] < present, scores", "columns[None, :] < present + 1, scores"),
+    "keys beyond the end are scored": ("columns < last_column, scores", "columns <= last_column, scores"),
     "values beyond the end are read": ("v_d, present, DIM, EVEN_N, True", "v_d, present, DIM, True, True"),
     "columns beyond the head are read": ("mask=columns < DIM, other", "mask=columns < 48, other"),
     "queries beyond the end are written": ("inside = rows[:, None] < last_row", "inside = rows[:, None] <= last_row"),
