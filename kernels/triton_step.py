@@ -18,46 +18,77 @@ from tdpm_ext.kernels.variant import Variant
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MOST_PREVIOUS = 3
 BLOCK, NUM_WARPS = 1024, 4  # 8 elements per thread: one load of 16 bytes in half precision, two in float32
+NUM_STAGES = 3  # Triton's default: there is no loop to pipeline
 TENSORS = ("x", "estimate", "uncond", "model_input", "noise", "p0", "p1", "p2", "x_out", "estimate_out")
 FACTORS = ("a", "b", "c0", "c1", "c2", "d", "cond_scale", "c_skip", "c_out")
 
 
 @triton.jit
-def _read(pointer, offsets, inside):
-    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+def _read(pointer, offsets, numel, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointer + offsets).to(tl.float32)
+    return tl.load(pointer + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
 
 
 @triton.jit
+def _write(pointer, value, offsets, numel, WHOLE: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointer + offsets, value)
+    else:
+        tl.store(pointer + offsets, value, mask=offsets < numel)
+
+
+@triton.jit
+def _step(
+    x, estimate, uncond, model_input, noise, p0, p1, p2, x_out, estimate_out,
+    a, b, c0, c1, c2, d, cond_scale, c_skip, c_out, offsets, numel,
+    PRECONDITIONED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    state = _read(x, offsets, numel, WHOLE)
+    denoised = _read(estimate, offsets, numel, WHOLE)
+    if uncond is not None:
+        without = _read(uncond, offsets, numel, WHOLE)
+        denoised = without + cond_scale * (denoised - without)
+    if PRECONDITIONED:
+        skipped = state
+        if model_input is not None:
+            skipped = _read(model_input, offsets, numel, WHOLE)
+        denoised = c_skip * skipped + c_out * denoised
+    if estimate_out is not None:
+        _write(estimate_out, denoised, offsets, numel, WHOLE)
+    result = a * state + b * denoised
+    if p0 is not None:
+        result += c0 * _read(p0, offsets, numel, WHOLE)
+    if p1 is not None:
+        result += c1 * _read(p1, offsets, numel, WHOLE)
+    if p2 is not None:
+        result += c2 * _read(p2, offsets, numel, WHOLE)
+    if noise is not None:
+        result += d * _read(noise, offsets, numel, WHOLE)
+    _write(x_out, result, offsets, numel, WHOLE)
+
+
+@triton.jit(do_not_specialize=["numel"])
 def step_kernel(
     x, estimate, uncond, model_input, noise, p0, p1, p2, x_out, estimate_out,
     a, b, c0, c1, c2, d, cond_scale, c_skip, c_out, numel,
     PRECONDITIONED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK elements. A tensor that is not there is None, and its line is not compiled."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    state = _read(x, offsets, inside)
-    denoised = _read(estimate, offsets, inside)
-    if uncond is not None:
-        without = _read(uncond, offsets, inside)
-        denoised = without + cond_scale * (denoised - without)
-    if PRECONDITIONED:
-        skipped = state
-        if model_input is not None:
-            skipped = _read(model_input, offsets, inside)
-        denoised = c_skip * skipped + c_out * denoised
-    if estimate_out is not None:
-        tl.store(estimate_out + offsets, denoised.to(estimate_out.dtype.element_ty), mask=inside)
-    result = a * state + b * denoised
-    if p0 is not None:
-        result += c0 * _read(p0, offsets, inside)
-    if p1 is not None:
-        result += c1 * _read(p1, offsets, inside)
-    if p2 is not None:
-        result += c2 * _read(p2, offsets, inside)
-    if noise is not None:
-        result += d * _read(noise, offsets, inside)
-    tl.store(x_out + offsets, result.to(x_out.dtype.element_ty), mask=inside)
+    """One program: BLOCK elements. A tensor that is not there is None, and its lines are not compiled."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
+    # Only the last program compares: with a bound that is not a multiple of 16 there are no wide loads.
+    if first + BLOCK <= numel:
+        _step(
+            x, estimate, uncond, model_input, noise, p0, p1, p2, x_out, estimate_out,
+            a, b, c0, c1, c2, d, cond_scale, c_skip, c_out, offsets, numel, PRECONDITIONED, True,
+        )  # fmt: skip
+    else:
+        _step(
+            x, estimate, uncond, model_input, noise, p0, p1, p2, x_out, estimate_out,
+            a, b, c0, c1, c2, d, cond_scale, c_skip, c_out, offsets, numel, PRECONDITIONED, False,
+        )  # fmt: skip
 
 
 def supported(
@@ -140,22 +171,23 @@ def sampler_step(
         with torch.cuda.device_of(x):
             step_kernel[(triton.cdiv(x.numel(), BLOCK),)](
                 *tensors, *map(float, factors), x.numel(),
-                PRECONDITIONED=c_skip is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+                PRECONDITIONED=c_skip is not None, BLOCK=BLOCK,
+                num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
             )  # fmt: skip
     return x_out, estimate_out if computed else denoised.to(x.dtype)
 
 
 def aot_variants(cc: int) -> list[Variant]:
-    """What launches look like: our solver's second and later steps, and a call with everything, in each dtype."""
+    """What launches look like: our solver's third and later steps, and a call with everything, in each dtype."""
     solver = ("x", "estimate", "p0", "p1", "x_out")
     return [
-        _variant(f"sampler_step/{TYPES[dtype]}/{name}", dtype, present, even)
+        _variant(f"{TYPES[dtype]}/{name}", dtype, present)
         for dtype in TYPES
-        for name, present, even in (("solver", solver, True), ("all", TENSORS, True), ("all_ragged", TENSORS, False))
+        for name, present in (("solver", solver), ("all", TENSORS))
     ]
 
 
-def _variant(name: str, dtype: torch.dtype, present: Sequence[str], even: bool) -> Variant:
+def _variant(name: str, dtype: torch.dtype, present: Sequence[str]) -> Variant:
     constants = dict.fromkeys((t for t in TENSORS if t not in present), None)
     constants |= {"PRECONDITIONED": "model_input" in present, "BLOCK": BLOCK}
     kinds = {
@@ -167,13 +199,13 @@ def _variant(name: str, dtype: torch.dtype, present: Sequence[str], even: bool) 
     loads = BLOCK * dtype.itemsize // 16 // (32 * NUM_WARPS)  # per tensor
     read = sum(not tensor.endswith("_out") for tensor in present)
     return Variant(
-        name=name,
+        name=f"sampler_step/{name}",
         kernel=step_kernel,
         signature={argument: kinds[argument] for argument in step_kernel.arg_names},
         constexprs=constants,
-        aligned=(*present, *["numel"] * even),
+        aligned=tuple(present),
         num_warps=NUM_WARPS,
-        num_stages=3,  # there is no loop to pipeline: Triton's default
-        vector_loads=read * loads * even,
+        num_stages=NUM_STAGES,
+        vector_loads=read * loads,
         streaming=True,
     )

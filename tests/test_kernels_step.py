@@ -198,7 +198,7 @@ FAULTS = {
     "older estimates exchanged": ("result += c1 * _read(p1", "result += c1 * _read(p0"),
     "no noise": ("result += d * _read", "result += 0 * _read"),
     "half of the grid": ("triton.cdiv(x.numel(), BLOCK)", "triton.cdiv(x.numel() // 2, BLOCK)"),
-    "the last element is left out": ("inside = offsets < numel", "inside = offsets < numel - 1"),
+    "the last element is left out": ("mask=offsets < numel)", "mask=offsets < numel - 1)"),
     "the estimate is not written": ("if estimate_out is not None", "if estimate_out is None"),
     "a coefficient too many": ("result = a * state", "result = a * a * state"),
 }
