@@ -25,7 +25,7 @@ def series(record: dict, column: str) -> list[dict]:
         if point["family"] == frontier.OURS:
             label, style = f"tdpm, {request['prior']} prior", "ours"
         elif point["family"] == "straw man":
-            label, style = point["arm"], "straw"
+            continue  # hundreds of evaluations: in the tables only
         else:
             label, style = request["sampler"], "rival"
         group = groups.setdefault(label, {"label": label, "style": style, "prior": request["prior"], "points": []})
@@ -138,9 +138,8 @@ def _style(line: dict, thin: int) -> dict:
         return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8, "zorder": 4}
     if line["style"] == "envelope":
         return {"color": "black", "linestyle": "--", "linewidth": 2, "zorder": 3}
-    marker = THIN[thin % len(THIN)] if line["style"] == "rival" else "x"
-    return {"color": "#8a8a8a", "marker": marker, "markersize": 4.5, "markerfacecolor": "white", "linewidth": 0.9,
-            "zorder": 2}  # fmt: skip
+    open_marker = {"marker": THIN[thin % len(THIN)], "markersize": 4.5, "markerfacecolor": "white"}
+    return {"color": "#8a8a8a", "linewidth": 0.9, "zorder": 2, **open_marker}
 
 
 def _label_ends(figure, axes, ends: list[tuple]) -> None:

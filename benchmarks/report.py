@@ -151,10 +151,10 @@ def search_table(record: dict) -> str:
         levels = f"{request['grid']}, {request['sigma_max']:g} to {request['sigma_min']:g}"
         return text(", ".join([levels, *(f"{k} {v}" for k, v in request["options"].items())]))
 
-    return table(
-        ["sampler", "evaluations", f"FD on {record['search']['samples'][1]} seeds", "levels, options"],
-        [[text(r["sampler"]), str(r["budget"]), number(r["scores"]["fd"]), setting(r["request"])] for r in rows],
-    )
+    head = ["sampler", "evaluations", "FD in the search", "on so many seeds", "levels, options"]
+    scores = [(number(r["scores"]["fd"]), text(r["scores"].get("seeds", ""))) for r in rows]
+    cells = zip(rows, scores, strict=True)
+    return table(head, [[text(r["sampler"]), str(r["budget"]), *s, setting(r["request"])] for r, s in cells])
 
 
 def quality_part(record: dict, folder: Path, scratch: Path) -> str:

@@ -1,9 +1,10 @@
 """The search for each rival's best settings at each count: which noise levels, which options of its own.
 
-For every sampler, option and budget, first sigma_max on Karras levels, then every grid at the two best of those and
-the levels chosen by GITS; all on a few seeds, for two targets at once: the Frechet distance to real pictures, and the
-rmse to the denoiser's own 60-evaluation pictures of the same seeds. The leaders for the distance are scored again on
-more seeds. Every score is kept in a file, so that a search goes on after an interruption.
+For every sampler, option and budget, first sigma_max on Karras levels, then, for those within reach of the best,
+every grid at the two best of those and the levels chosen by GITS; all on a few seeds, for two targets at once: the
+Frechet distance to real pictures, and the rmse to the denoiser's own 60-evaluation pictures of the same seeds. The
+leaders for the distance are scored again on more seeds. Every score is kept in a file, so that a search goes on after
+an interruption.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from benchmarks.samplers import SAMPLERS
 TARGETS = ("fd", "rmse")
 LEADERS = 2  # settings of one sampler at one budget that are scored again on more seeds
 COARSE = ("karras-7", 0.02)
+HOPELESS = 2.5  # times the best score of all samplers: who is beyond it on the coarse grid is not refined
 
 
 @dataclass
@@ -67,30 +69,40 @@ class Search:
                 file.write(json.dumps({"key": key, "scores": self.known[key]}) + "\n")
         return self.known[key]
 
-    def best_of(self, sampler: str, options: dict, budget: int, chosen: dict, **common) -> list[tuple[Request, dict]]:
-        """Every setting that was tried of one sampler with one option at one budget: [(request, scores)]."""
-        steps = SAMPLERS[sampler].steps_within(budget)
-        tried: list[tuple[Request, dict]] = []
+    def coarse(self, sampler: str, options: dict, budget: int, **common) -> list[tuple[Request, dict]]:
+        """Every sigma_max on the coarse grid: [(request, scores)]."""
+        asked = [
+            Request.rival(sampler, budget, COARSE[0], m, COARSE[1], options, **common) for m in samplers.SIGMA_MAXES
+        ]
+        return [(request, self.scores(request, self.few)) for request in asked]
 
-        def attempt(grid: str, sigma_max: float, low: float) -> dict:
-            request = Request.rival(sampler, budget, grid, sigma_max, low, options, **common)
-            tried.append((request, self.scores(request, self.few)))
-            return tried[-1][1]
-
-        first = {m: attempt(COARSE[0], m, COARSE[1]) for m in samplers.SIGMA_MAXES}
-        kept = set()
+    def refined(self, tried: list[tuple[Request, dict]], chosen: dict, **common) -> list[tuple[Request, dict]]:
+        """Every grid at the two best sigma_max of either target, and the levels that GITS chose there."""
+        first, kept = tried[0][0], set()
         for target in TARGETS:
-            ranked = sorted((m for m in first if target in first[m]), key=lambda m: first[m][target])
-            kept |= set(ranked[:2])
+            ranked = sorted((t for t in tried if target in t[1]), key=lambda t: t[1][target])
+            kept |= {request.sigma_max for request, _ in ranked[:2]}
+        asked = []
         for sigma_max in sorted(kept, reverse=True):
             for grid, low in samplers.grids(sigma_max):
-                attempt(grid, sigma_max, low)
-            sigmas = chosen.get((sigma_max, steps))
+                asked.append(Request.rival(first.sampler, first.budget, grid, sigma_max, low, first.options, **common))
+            sigmas = chosen.get((sigma_max, len(first.sigmas) - 1))
             if sigmas is not None:
-                request = Request(sampler, budget, None, None, tuple(sigmas.tolist()), options, "gits", sigma_max,
-                                  float(sigmas[-2]), **common)  # fmt: skip
-                tried.append((request, self.scores(request, self.few)))
-        return tried
+                levels = {"sigmas": tuple(sigmas.tolist()), "grid": "gits", "sigma_max": sigma_max}
+                asked.append(replace(first, **levels, sigma_min=float(sigmas[-2])))
+        return [(request, self.scores(request, self.few)) for request in asked]
+
+    def at_budget(self, names: list[str], budget: int, chosen: dict, **common) -> dict[str, tuple[list, bool]]:
+        """Everything tried at one budget: sampler -> ([(request, scores)], whether it was within reach and refined)."""
+        arms = [(n, o) for n in names for o in SAMPLERS[n].options]
+        first = [self.coarse(n, o, budget, **common) for n, o in arms]
+        lowest = {t: min((s[t] for tried in first for _, s in tried if t in s), default=math.inf) for t in TARGETS}
+        out: dict[str, tuple[list, bool]] = {}
+        for (name, _), tried in zip(arms, first, strict=True):
+            near = any(s[t] <= HOPELESS * lowest[t] for _, s in tried for t in TARGETS if t in s)
+            before, reach = out.get(name, ([], False))
+            out[name] = before + tried + (self.refined(tried, chosen, **common) if near else []), reach or near
+        return out
 
     def run(self, names: Iterable[str], budgets: Iterable[int], chosen: dict | None = None, **common) -> list[dict]:
         """The best request of every sampler at every budget and target, with its scores: rows for a record.
@@ -98,21 +110,25 @@ class Search:
         Args:
             chosen: {(sigma_max, steps): sigmas} as ``gits_for`` gives them. common: of every request.
         """
-        jobs = [(n, b) for b in budgets for n in names if SAMPLERS[n].steps_within(b)]
-        rows, chosen = [], chosen or {}
-        for name, budget in tqdm(jobs, desc="search", unit="sampler", mininterval=5):
-            tried = [t for o in SAMPLERS[name].options for t in self.best_of(name, o, budget, chosen, **common)]
-            for target in TARGETS:
-                ranked = sorted((t for t in tried if target in t[1]), key=lambda t: t[1][target])
-                if not ranked:
-                    continue
-                leaders = ranked[: LEADERS if target == "fd" else 1]
-                again = [(r, self.scores(r, self.more)) for r in unique(leaders)]
-                found = [t for t in again if target in t[1]] or ranked[:1]
-                best, scores = min(found, key=lambda t: t[1][target])
-                row = {"sampler": name, "budget": budget, "target": target, "request": best.to_json()}
-                rows.append({**row, "scores": scores})
+        names, rows = list(names), []
+        for budget in tqdm(list(budgets), desc="search", unit="budget"):
+            able = [n for n in names if SAMPLERS[n].steps_within(budget)]
+            for name, (tried, near) in self.at_budget(able, budget, chosen or {}, **common).items():
+                count = self.more if near else self.few
+                rows += [row for target in TARGETS if (row := self.best(name, budget, target, tried, count))]
         return rows
+
+    def best(self, name: str, budget: int, target: str, tried: list[tuple[Request, dict]], count: int) -> dict | None:
+        """The winner among ``tried``, after the leaders were scored again on ``count`` seeds; None if nothing ran."""
+        ranked = sorted((t for t in tried if target in t[1]), key=lambda t: t[1][target])
+        if not ranked:
+            return None
+        leaders = unique(ranked)[: LEADERS if target == "fd" else 1]
+        again = [(request, self.scores(request, count)) for request in leaders]
+        found = [t for t in again if target in t[1]] or ranked[:1]
+        request, scores = min(found, key=lambda t: t[1][target])
+        row = {"sampler": name, "budget": budget, "target": target, "request": request.to_json()}
+        return {**row, "scores": {**scores, "seeds": count}}
 
     @property
     def tried(self) -> int:

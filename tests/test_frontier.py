@@ -89,6 +89,21 @@ def test_a_search_resumes_and_takes_the_best_of_what_it_tried(tmp_path):
     assert again.run(["euler", "lms", "diffusers:unipc"], (3, 4), chosen) == rows
 
 
+def test_a_sampler_out_of_reach_is_not_refined_but_still_listed(tmp_path):
+    end = Drawer(denoiser, (1, 3, 3)).draw(Request.rival("dpmpp_2m", 60), range(12)).x
+
+    def score(x):
+        error = metrics.paired_rmse(x, end[: len(x)])
+        return {"rmse": error, "fd": error}
+
+    looked = search.Search(Drawer(denoiser, (1, 3, 3)), score, range(12), 4, 12, tmp_path / "s.jsonl")
+    rows = {r["sampler"]: r for r in looked.run(["dpmpp_2m", "diffusers:lcm"], (8,)) if r["target"] == "fd"}
+    assert rows["dpmpp_2m"]["scores"]["seeds"] == 12 and rows["diffusers:lcm"]["scores"]["seeds"] == 4
+    assert rows["diffusers:lcm"]["scores"]["fd"] > search.HOPELESS * rows["dpmpp_2m"]["scores"]["fd"]
+    tried = [json.loads(json.loads(line)["key"])[0] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert tried.count("diffusers:lcm") == len(search.samplers.SIGMA_MAXES) < tried.count("dpmpp_2m")
+
+
 def test_pictures_that_are_not_finite_cannot_win(tmp_path):
     def breaks(x, sigma):
         return denoiser(x, sigma) / (sigma.max() < 30)
