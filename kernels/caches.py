@@ -10,10 +10,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+MAX_BATCHES = 64  # kept ready as a whole: a schedule's steps for a few batches
 MAX_ROWS = 4096  # a row is as long as all projections together: 40 kB for a CIFAR-sized network
 PROBES = 64  # values looked at per weight, besides its version
 
@@ -104,6 +106,7 @@ class RowCache:
     """One row of derived values for each distinct row of inputs, kept until a weight changes.
 
     ``get(inputs, compute)`` takes tensors [B, ...] and a function that makes [n, width] from n of their rows.
+    ``added`` says whether the last call had to compute any.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
@@ -114,13 +117,33 @@ class RowCache:
         """Drop all rows."""
         self._index: dict[bytes, int] = {}
         self._table: Tensor | None = None
+        self._arranged: dict[tuple, Any] = {}
+        self.added = False
 
     def get(self, inputs: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
         """[B, width]: known rows looked up, the others computed. On a GPU this waits for ``inputs``."""
         if self.weights.changed():
             self.clear()
+        return self._gather(inputs, compute)
+
+    def arranged(self, inputs: Sequence[Tensor], compute: Callable[..., Tensor], arrange: Callable[[Tensor], Any]):
+        """``arrange(get(inputs, compute))``, kept for the last few different batches."""
+        if self.weights.changed():
+            self.clear()
+        key = tuple(_bits(t).tobytes() for t in inputs)
+        self.added = False
+        known = self._arranged.get(key)
+        if known is None:
+            known = arrange(self._gather(inputs, compute))
+            if len(self._arranged) >= MAX_BATCHES:
+                self._arranged.pop(next(iter(self._arranged)))
+            self._arranged[key] = known
+        return known
+
+    def _gather(self, inputs: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
         keys = row_keys(inputs)
         missing = [i for i, key in enumerate(keys) if key not in self._index]
+        self.added = bool(missing)
         if missing:
             self._add(keys, missing, inputs, compute)
         rows = [self._index[key] for key in keys]
@@ -147,9 +170,15 @@ class RowCache:
 
 def row_keys(inputs: Sequence[Tensor]) -> list[bytes]:
     """The bits of each row of the tensors [B, ...], as one key."""
-    flat = [t.detach().reshape(len(t), -1).contiguous().view(torch.uint8) for t in inputs]
-    together = (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)).cpu().numpy()
-    return [row.tobytes() for row in together]
+    flat = [_bits(t).reshape(len(t), -1) for t in inputs]
+    return [b"".join(part.tobytes() for part in parts) for parts in zip(*flat, strict=True)]
+
+
+def _bits(t: Tensor):
+    """A tensor's values as a numpy array of integers, for comparing to the bit. On a GPU this waits for them."""
+    t = t.detach()
+    t = (t if t.device.type == "cpu" else t.cpu()).contiguous()
+    return t.view(_INTEGERS[t.element_size()]).numpy() if t.is_floating_point() else t.numpy()
 
 
 class LastPrompt:

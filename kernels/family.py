@@ -106,7 +106,7 @@ def norm_act(
     if pre_add is not None:
         x = x + _beside(pre_add, x)
     if x.ndim == 4 and not x.is_contiguous():
-        x = _near_zero(x, groups)
+        x = near_zero(x, groups)
     affine = scale is not None and weight is None and (len(scale) == 1 or scale.stride(0) == 0)
     if affine:  # one scale and shift for all pictures: torch's kernel applies them in the same pass
         weight, bias = scale[0] + 1, shift[0]
@@ -120,7 +120,7 @@ def norm_act(
     return h
 
 
-def _near_zero(x: Tensor, groups: int) -> Tensor:
+def near_zero(x: Tensor, groups: int) -> Tensor:
     """x [N, C, H, W] less one of its values in each group, which changes no group norm.
 
     In channels_last torch's CPU kernel sums plain squares: at a mean of 100 standard deviations it is wrong in the

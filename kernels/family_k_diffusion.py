@@ -9,27 +9,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpm_ext.kernels.caches import LastPrompt, PromptCache, RowCache, capturing, hooked, remembered
-from tdpm_ext.kernels.family import Family, Rule, add_into, channels_last, may_run, norm_act, ordinary
+from tdpm_ext.kernels.family import Family, Rule, add_into, channels_last, may_run, near_zero, norm_act, ordinary
 
-# In k-diffusion's dict of conditions, under this name: [B, width], what every AdaGN would compute from the mapping
-# network's output, each at its own `_tdpm_slot`.
-TABLE = "_tdpm_table"
-
-
-def _scale_shift(module: nn.Module, cond: dict) -> tuple[Tensor, Tensor]:
-    """An AdaGN's own scale and shift [B, C], from the table or from its mapper."""
-    table, slot = cond.get(TABLE), getattr(module, "_tdpm_slot", None)
-    if table is None or slot is None:
-        return module.mapper(cond[module.cond_key]).chunk(2, dim=-1)
-    start, channels = slot
-    return table[:, start : start + channels], table[:, start + channels : start + 2 * channels]
+# In k-diffusion's dict of conditions, under these names: what every AdaGN would compute from the mapping network's
+# output, (scale, shift) [B, C] each at its own `_tdpm_slot`; the same made ready for torch's CPU kernels; and whether
+# any of it is new, so that the norms look at their inputs once.
+TABLE, READY, NEW = "_tdpm_table", "_tdpm_ready", "_tdpm_new"
+MANY = 20_000  # values from which oneDNN's GELU pays
+CHUNK = 16  # pictures at a time on a CPU: what one stage hands to the next stays in its cache
+STEEP = 4.0  # mean over standard deviation from which torch's channels_last norm on a CPU needs help
 
 
 def _ada_gn(module: nn.Module, x: Tensor, cond: dict, act: str | None) -> Tensor:
-    scale, shift = _scale_shift(module, cond)
+    slot = getattr(module, "_tdpm_slot", None)
+    ready = None if slot is None else cond.get(READY)
+    if ready is not None and ready[slot][0].dtype == x.dtype:
+        return _ready_norm(module, x, *ready[slot], act, cond[NEW])
+    if slot is not None and TABLE in cond:
+        scale, shift = cond[TABLE][slot]
+    else:
+        scale, shift = module.mapper(cond[module.cond_key]).chunk(2, dim=-1)
     if scale.dtype != x.dtype:  # the network is in half precision, its conditioning is not
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     return norm_act(x, module.num_groups, eps=module.eps, scale=scale, shift=shift, act=act)
+
+
+def _ready_norm(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor, act: str | None, new: bool) -> Tensor:
+    """The norm on a CPU in as few operations as can be: on a small picture each costs more than its arithmetic."""
+    if new and not module._tdpm_steep:
+        module._tdpm_steep = _is_steep(x, module.num_groups)
+    if module._tdpm_steep:
+        x = near_zero(x, module.num_groups)
+    if gain.ndim == 1:  # the same for all pictures
+        h = torch.group_norm(x, module.num_groups, gain, shift, module.eps)
+    else:
+        h = torch.group_norm(x, module.num_groups, None, None, module.eps)
+        torch.addcmul(shift, h, gain, out=h)
+    if act is None:
+        return h
+    if h.numel() < MANY:
+        return torch.ops.aten.gelu_(h)
+    return F.gelu(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # contiguous, so oneDNN's, which is faster
+
+
+def _is_steep(x: Tensor, groups: int) -> bool:
+    variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), dim=(2, 3, 4))
+    return bool((mean.square() > STEEP**2 * variance).any())
 
 
 def ada_gn(self, input, cond):
@@ -161,6 +186,11 @@ def image_v1(
     """``ImageDenoiserModelV1``: channels_last throughout, all projections of sigma and class looked up at once."""
     if not may_run(input):
         return ordinary(self, input, sigma, mapping_cond, unet_cond, cross_cond, cross_cond_padding, return_variance)
+    if input.device.type == "cpu" and len(input) > CHUNK and not self._tdpm_compiled:
+        given = (input, sigma, mapping_cond, unet_cond, cross_cond, cross_cond_padding)
+        parts = zip(*(len(input) * [None] if t is None else t.split(CHUNK) for t in given), strict=False)
+        done = [image_v1(self, *part, return_variance) for part in parts]
+        return tuple(map(torch.cat, zip(*done, strict=True))) if isinstance(done[0], tuple) else torch.cat(done)
     for prompt in self._tdpm_prompts:
         prompt.new_call()
     cond = _conditions(self, sigma, mapping_cond)
@@ -192,13 +222,23 @@ def _conditions(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -
         out = _mapping(module, sigma, mapping_cond)
         return torch.cat([out, *(mapper(out) for mapper in mappers)], dim=1)
 
-    rows = cache.get([t for t in (sigma, mapping_cond) if t is not None], compute)
-    return {"cond": rows[:, : cache_width(module)], TABLE: rows}
+    def arrange(rows: Tensor) -> dict:
+        widths = [mapper.out_features for mapper in mappers]
+        out, *parts = rows.split([rows.shape[1] - sum(widths), *widths], dim=1)
+        table = tuple(part.chunk(2, dim=1) for part in parts)
+        return {"cond": out, TABLE: table} | ({} if module._tdpm_compiled else _ready(rows, table))
+
+    cond = cache.arranged([t for t in (sigma, mapping_cond) if t is not None], compute, arrange)
+    return {**cond, NEW: cache.added} if READY in cond else dict(cond)
 
 
-def cache_width(module: nn.Module) -> int:
-    """Length of the mapping network's output, which stands first in the table."""
-    return module.mapping[-2].out_features
+def _ready(rows: Tensor, table: tuple) -> dict:
+    """Scales plus one and shifts, of the shapes that torch's CPU kernels take without a further operation."""
+    if rows.device.type != "cpu":
+        return {}
+    if rows.stride(0) == 0 or len(rows) == 1:
+        return {READY: tuple((scale[0] + 1, shift[0]) for scale, shift in table)}
+    return {READY: tuple(((scale + 1)[:, :, None, None], shift[:, :, None, None]) for scale, shift in table)}
 
 
 def _mapping(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> Tensor:
@@ -209,16 +249,13 @@ def _mapping(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> T
 def prepare(root: nn.Module, replace: Callable) -> None:
     """Give the patched modules of an ``ImageDenoiserModelV1`` their caches."""
     prompt, padding = LastPrompt(), LastPrompt()
-    start, mappers = cache_width(root), []
+    mappers = []
     for module in root.modules():
         patched = "forward" in vars(module)
-        if patched and hasattr(module, "mapper") and module.cond_key != "cond":
-            module._tdpm_slot = None
-        elif patched and hasattr(module, "mapper"):
-            channels = module.mapper.out_features // 2
-            module._tdpm_slot = (start, channels)
-            mappers.append(module.mapper)
-            start += 2 * channels
+        if patched and hasattr(module, "mapper"):
+            own = module.cond_key == "cond"
+            module._tdpm_slot, module._tdpm_steep = len(mappers) if own else None, False
+            mappers += [module.mapper] if own else []
         elif patched and hasattr(module, "kv_proj"):
             kv = PromptCache(prompt, (module.norm_enc, module.kv_proj))
             module._tdpm_prompt = (kv, PromptCache(padding, ()))
@@ -227,7 +264,7 @@ def prepare(root: nn.Module, replace: Callable) -> None:
         for name in ("timestep_embed", "mapping_cond", "mapping")
         for m in getattr(root, name, nn.Identity()).modules()
     ]
-    root._tdpm_prompts = (prompt, padding)
+    root._tdpm_prompts, root._tdpm_compiled = (prompt, padding), False
     root._tdpm_mappers = tuple(mappers)
     root._tdpm_rows = RowCache((*own, *mappers))
 

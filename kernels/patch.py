@@ -192,6 +192,7 @@ def _compile(handle: Handle, family: Family, root: nn.Module) -> None:
     for module in convolutions:
         _replace(handle, module, MethodType(winograd.forward, module))
     usual = vars(body).get("forward") or MethodType(type(body).forward, body)
+    root._tdpm_compiled = True
     transformed = winograd.TransformedWeights(convolutions)
     _replace(handle, body, Compiled(usual, handle.notes, transformed.update, chunks=body is not root))
 

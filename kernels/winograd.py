@@ -9,7 +9,6 @@ the result's size in float32), so this is not part of the exact tier.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpm_ext.kernels.caches import Fingerprint
@@ -51,14 +50,45 @@ def conv3x3(x: Tensor, u: Tensor, bias: Tensor | None) -> Tensor:
     """
     n, _, height, width = x.shape
     down, across = -(-height // 4), -(-width // 4)  # tiles
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * across + 1 - width, 1, 4 * down + 1 - height))
+    x = _padded(x, 4 * down + 2, 4 * across + 2)
     rows = torch.stack(_before([x[:, i : i + 4 * down - 3 : 4] for i in range(6)]))
     tiles = torch.stack(_before([rows[:, :, :, j : j + 4 * across - 3 : 4] for j in range(6)]), 1)
     products = torch.bmm(tiles.view(36, n * down * across, -1), u).view(6, 6, n, down, across, -1)
     rows = torch.stack(_after(products.unbind(0)))
-    y = torch.stack(_after(rows.unbind(1)))  # [x in tile, y in tile, n, down, across, O]
-    y = y.permute(2, 3, 1, 4, 0, 5).reshape(n, 4 * down, 4 * across, -1)[:, :height, :width]
+    y = _assembled(torch.stack(_after(rows.unbind(1))), height, width)
     return (y if bias is None else y + bias).permute(0, 3, 1, 2)
+
+
+# Operations of their own, since Inductor would otherwise compute what comes before once for every tile that reads it,
+# and read the tiles element by element in what comes after.
+
+
+@torch.library.custom_op("tdpm_ext::winograd_padded", mutates_args=())
+def _padded(x: Tensor, height: int, width: int) -> Tensor:
+    """[N, C, H, W] -> [N, height, width, C] with one row and column of zeros before, the rest behind."""
+    n, c, h, w = x.shape
+    out = x.new_zeros(n, height, width, c)
+    out[:, 1 : h + 1, 1 : w + 1] = x.permute(0, 2, 3, 1)
+    return out
+
+
+@_padded.register_fake
+def _(x: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(len(x), height, width, x.shape[1])
+
+
+@torch.library.custom_op("tdpm_ext::winograd_assembled", mutates_args=())
+def _assembled(tiles: Tensor, height: int, width: int) -> Tensor:
+    """[x in tile, y in tile, N, down, across, C] -> [N, height, width, C]."""
+    n, down, across, c = tiles.shape[2:]
+    out = tiles.new_empty(n, down, 4, across, 4, c)
+    out.copy_(tiles.permute(2, 3, 1, 4, 0, 5))
+    return out.view(n, 4 * down, 4 * across, c)[:, :height, :width].contiguous()
+
+
+@_assembled.register_fake
+def _(tiles: Tensor, height: int, width: int) -> Tensor:
+    return tiles.new_empty(tiles.shape[2], height, width, tiles.shape[5])
 
 
 def _before(d) -> tuple[Tensor, ...]:

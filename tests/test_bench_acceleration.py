@@ -1,15 +1,15 @@
-"""benchmarks/accelerate.py: every arm is timed, compared with eager, and written as a checked record."""
+"""benchmarks/acceleration.py: every arm is timed, compared with eager, and written as a checked record."""
 
 import json
 
 import pytest
 
-from benchmarks import accelerate, records
+from benchmarks import acceleration, records
 
 
 def test_the_shipped_checkpoint_is_measured_and_written(tmp_path, capsys):
     out = tmp_path / "accelerate.json"
-    assert accelerate.main(["--batches", "1", "2", "--rounds", "2", "--quiet", "--json", str(out)]) == 0
+    assert acceleration.main(["--batches", "1", "2", "--rounds", "2", "--quiet", "--json", str(out)]) == 0
     report = records.read(out)
     assert [(r["tier"], r["batch"]) for r in report["rows"]] == [
         ("eager", 1),
@@ -36,5 +36,5 @@ def test_a_record_with_an_unknown_tier_is_refused(tmp_path):
 
 def test_wrong_numbers_are_refused_in_words(capsys):
     with pytest.raises(SystemExit):
-        accelerate.main(["--rounds", "0"])
+        acceleration.main(["--rounds", "0"])
     assert "at least 1" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """What `accelerate(model)` gives on this machine: one call of a checkpoint's network, eager against each tier.
 
-    python benchmarks/accelerate.py                              # the shipped checkpoint, exact tier, batches 1, 16, 64
-    python benchmarks/accelerate.py --tiers exact half compile   # the opt-in tiers too: compiling takes minutes
+    python benchmarks/acceleration.py                              # the shipped checkpoint, exact tier, batches 1, 16, 64
+    python benchmarks/acceleration.py --tiers exact half compile   # the opt-in tiers too: compiling takes minutes
 
 All arms take turns in one process, and the ratio is that of the medians; what a tier's first call costs stands apart.
 `error` is the largest difference of one call, `rmse` that of whole pictures from the same seeds (tdpm, four
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         rows = measure(checkpoint, prior, args.tiers, args.batches, args.rounds, not args.quiet)
     environment = timing.environment(torch.device("cpu"))
-    environment["command"] = records.command("accelerate.py", argv)
+    environment["command"] = records.command("acceleration.py", argv)
     report = {"schema": "tdpm-accelerate/1", "environment": environment, "rows": rows, "summary": summarise(rows)}
     print_report(report)
     if args.json:
