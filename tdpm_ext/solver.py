@@ -169,13 +169,13 @@ def solve(
         denoised = model(x, levels[i] * ones, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
-        weight, *older = rows[i][: 1 + len(past)]
         if fused and denoised.dtype == x.dtype and denoised.shape == x.shape:
+            weight, *older = rows[i][: 1 + len(past)]
             x, _ = fused(x, denoised, past[: len(older)], a=values[i + 1] / values[i], b=weight, c=older)
         else:
-            update = weight * denoised
-            for share, old in zip(older, past, strict=False):
-                update = update.add_(old, alpha=share)
+            update = rows[i][0] * denoised
+            for weight, old in zip(rows[i][1:], past, strict=False):
+                update = update.add_(old, alpha=weight)
             x = update.add_(x, alpha=values[i + 1] / values[i]) if values[i + 1] else update
         past = [denoised, *past[:1]]
     return x
