@@ -7,8 +7,9 @@ own compiler and assembler; the result must have no spills, fit the card's share
 loads where the variant says so, never compute in double precision, and be no worse than the committed baseline
 (``aot_baseline.json``). Results are cached by kernel source, Triton version and target.
 
-By default every kernel is compiled for every generation in every dtype, and each of its configurations for at least
-two generations, in rotation; ``--full`` compiles every configuration for every generation.
+By default every kernel is compiled for every generation in every dtype, and its configurations take turns; ``--full``
+compiles every configuration for every generation, and so does ``--update-baseline``, so that whoever changes a kernel
+has seen them all.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def collect(cc: int, modules: Sequence[str] = MODULES) -> dict[str, tuple[str, V
 def rotation(found: dict[int, dict[str, tuple[str, Variant]]]) -> dict[int, set[str]]:
     """Which cache keys to compile when not all are: generation -> keys.
 
-    Variants of one kernel and one set of pointer types take turns: each is compiled for two generations or more, half
-    the list apart, and together they reach every generation.
+    Variants of one kernel and one set of pointer types take turns: together they reach every generation, and each
+    reaches one at least.
     """
     archs = list(found)
     groups: dict[tuple, dict[str, dict[int, str]]] = {}
@@ -76,7 +77,7 @@ def rotation(found: dict[int, dict[str, tuple[str, Variant]]]) -> dict[int, set[
             group.setdefault(variant.name, {})[cc] = key
     chosen: dict[int, set[str]] = {cc: set() for cc in archs}
     for start, members in enumerate(groups.values()):
-        times = min(len(archs), max(2, -(-len(archs) // len(members))))
+        times = -(-len(archs) // len(members))
         for turn, keys in enumerate(members.values()):
             for time_ in range(times):
                 cc = archs[(start + turn + time_ * (len(archs) // times)) % len(archs)]

@@ -92,8 +92,8 @@ def test_the_rotation_reaches_every_generation_with_every_kernel_and_dtype():
             reached.add((cc, variant.kernel.__name__, _dtypes(variant)))
     everything = [(cc, v) for cc, variants in found.items() for _, v in variants.values()]
     assert reached == {(cc, v.kernel.__name__, _dtypes(v)) for cc, v in everything}
-    assert {v.name for _, v in everything} == set(times) and min(times.values()) >= 2
-    assert sum(times.values()) < len(everything) / 2, "the point of it is to compile less"
+    assert {v.name for _, v in everything} == set(times)
+    assert sum(times.values()) < len(everything) / 3, "the point of it is to compile less"
 
 
 def _dtypes(variant: Variant) -> frozenset[str]:
@@ -248,3 +248,24 @@ def test_a_variant_names_its_kernels_arguments_exactly():
     ):
         with pytest.raises(ValueError, match=said):
             Variant(**right | change)
+
+
+@pytest.mark.slow
+def test_the_kernels_that_ship_pass_and_are_no_worse_than_the_baseline():
+    pytest.importorskip("triton")
+    report = aot.run(GENERATIONS, full=False)
+    baseline = aot_report.read_baseline()
+    assert aot_report.failures(report, baseline) == []
+    every = {(arch, name) for arch, names in report["variants"].items() for name in names}
+    assert {(arch, name) for arch, facts in baseline["results"].items() for name in facts} == every
+    assert len(every) > 400 and sum(map(len, report["results"].values())) > 100
+    again = aot.run(GENERATIONS, full=False)
+    assert again["compiled"] == 0
+
+
+def test_the_baseline_itself_keeps_the_hard_promises():
+    for arch, variants in aot_report.read_baseline()["results"].items():
+        for name, facts in variants.items():
+            assert facts["shared"] <= aot_rules.CARDS[int(arch[3:])].shared_block, (arch, name)
+            assert facts["occupancy"] > 0, (arch, name)
+            assert facts["mma"] > 0 or not re.match(r"attention/\d+/(fp16|bf16)", name), (arch, name)
