@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -168,7 +169,7 @@ def pretended_gpu(cc: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(facts.assume_gpu(cc))
         stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        stack.enter_context(mock.patch.object(caches, "row_keys", lambda inputs: [b"level"] * len(inputs[0])))
+        stack.enter_context(mock.patch.object(caches, "_bits", lambda x: np.zeros((len(x), 1), dtype=np.int32)))
         stack.enter_context(mock.patch.object(caches.LastPrompt, "number_of", lambda self, prompt: 1))
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", lambda self: id(self)))
         yield
