@@ -1,7 +1,7 @@
 """What `accelerate(model)` gives on this machine: one call of a checkpoint's network, eager against each tier.
 
-    python benchmarks/acceleration.py                              # the shipped checkpoint, exact tier, batches 1, 16, 64
-    python benchmarks/acceleration.py --tiers exact half compile   # the opt-in tiers too: compiling takes minutes
+    python benchmarks/acceleration.py                             # the shipped checkpoint, exact tier
+    python benchmarks/acceleration.py --tiers exact half compile  # the opt-in tiers too: compiling takes minutes
 
 All arms take turns in one process, and the ratio is that of the medians; what a tier's first call costs stands apart.
 `error` is the largest difference of one call, `rmse` that of whole pictures from the same seeds (tdpm, four

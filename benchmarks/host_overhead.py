@@ -1,8 +1,10 @@
-"""What the sampler ``tdpm`` costs in ComfyUI beside the network: whole jobs against the host's own dpmpp_2m.
+"""What the sampler ``tdpm`` costs in a host beside the network: whole jobs against the host's own dpmpp_2m.
 
     python benchmarks/host_overhead.py --json benchmarks/results/host_overhead.json
+    python benchmarks/host_overhead.py --host diffusers --json benchmarks/results/host_overhead-diffusers.json
 
-ComfyUI is the one that `make test-hosts` fetches, or the folder named with --comfyui.
+ComfyUI is the one that `make test-hosts` fetches, or the folder named with --comfyui; diffusers the installed one, with
+a tiny Stable Diffusion pipeline (its job includes the text encoder and the VAE, the same for both).
 
 Both samplers make the same number of calls of the same tiny UNet (two levels, 4x8x8 latents, about 1M weights: the
 worst case, since the network costs nearly nothing) through ComfyUI's own sampling code; they take turns in one
@@ -18,6 +20,7 @@ import importlib.util
 import logging
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -99,6 +102,48 @@ def jobs(sample, tiny, steps: tuple[int, ...], clock: CpuClock) -> dict:
     return {(sampler, n): job(sampler, n) for n in steps for sampler in (RIVAL, OURS)}
 
 
+def diffusers_jobs(folder: Path, steps: tuple[int, ...], clock: CpuClock) -> dict:
+    """The same for a diffusers pipeline: its own DPM-Solver++ (2M) scheduler, and ours."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    from tdpm_ext.hosts import diffusers as host
+
+    spec = importlib.util.spec_from_file_location("tiny_diffusers", ROOT / "tests/hosts/tiny_diffusers.py")
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    unet = tiny.unet()
+    forward = unet.forward
+
+    def watched(*args, **kwargs):
+        begin = time.process_time()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            clock.network += time.process_time() - begin
+
+    unet.forward = watched
+    pipes = {name: tiny.sd(StableDiffusionPipeline, folder, unet=unet) for name in (RIVAL, OURS)}
+    pipes[RIVAL].scheduler = DPMSolverMultistepScheduler.from_config(pipes[RIVAL].scheduler.config)
+    host.attach(pipes[OURS], tiny.prior(), any_model=True)
+
+    def job(name, n):
+        def run():
+            noise = torch.Generator().manual_seed(5)
+            return pipes[name](
+                "a",
+                num_inference_steps=n,
+                guidance_scale=4.0,
+                generator=noise,
+                height=16,
+                width=16,
+                output_type="latent",
+            )
+
+        return run
+
+    return {(name, n): job(name, n) for n in steps for name in (RIVAL, OURS)}
+
+
 def measure(calls: dict, clock: CpuClock, steps: tuple[int, ...], rounds: int) -> list[dict]:
     """One row per number of steps: medians over rounds, in milliseconds per step."""
     times: dict = {key: [] for key in calls}
@@ -120,6 +165,7 @@ def measure(calls: dict, clock: CpuClock, steps: tuple[int, ...], rounds: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", choices=("comfyui", "diffusers"), default="comfyui", help="default: comfyui")
     parser.add_argument("--comfyui", type=Path, default=OVERLAY / "core", help="ComfyUI's folder (default: the tests')")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20], help="numbers of steps (default 4 8 20)")
     parser.add_argument("--rounds", type=int, default=60, help="jobs of each kind (default 60)")
@@ -129,11 +175,15 @@ def main() -> None:
     if min(steps) < 1 or args.rounds < 1:
         parser.error("--steps and --rounds are at least 1")
     torch.set_num_threads(1)
-    sample, tiny = open_comfyui(args.comfyui, OVERLAY / "site" if args.comfyui == OVERLAY / "core" else None)
     clock = CpuClock()
-    calls = jobs(sample, tiny, steps, clock)
     logging.disable(logging.INFO)  # a line per job would be most of what is measured on a terminal
-    rows = measure(calls, clock, steps, args.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.host == "diffusers":
+            calls = diffusers_jobs(Path(folder), steps, clock)
+        else:
+            site = OVERLAY / "site" if args.comfyui == OVERLAY / "core" else None
+            calls = jobs(*open_comfyui(args.comfyui, site), steps, clock)
+        rows = measure(calls, clock, steps, args.rounds)
     for row in rows:
         outside = [row[f"{name}_outside_network_ms"] for name in (RIVAL, OURS)]
         text = f"outside the network {RIVAL} {outside[0]:.3f} ms per step, tdpm {outside[1]:.3f}"
@@ -143,7 +193,7 @@ def main() -> None:
         from benchmarks import records, timing
 
         report = {"schema": "tdpm-host-overhead/1", "environment": timing.environment(torch.device("cpu"))}
-        records.write({**report, "host": "ComfyUI", "rows": rows}, args.json)
+        records.write({**report, "host": {"comfyui": "ComfyUI"}.get(args.host, args.host), "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

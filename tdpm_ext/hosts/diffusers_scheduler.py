@@ -11,6 +11,7 @@ import logging
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
@@ -18,7 +19,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from tdpm_ext import route
 from tdpm_ext.decide import decide
 from tdpm_ext.sampler import start_from
-from tdpm_ext.schedule import check_sigmas, sigma_to_index
+from tdpm_ext.schedule import check_sigmas
 from tdpm_ext.solver import all_weights, expand_orders
 
 log = logging.getLogger("tdpm_ext")
@@ -44,8 +45,8 @@ class KScheduler(EulerDiscreteScheduler):
 
     def timesteps_at(self, sigmas, device) -> torch.Tensor:
         """float32 [n] what the network is told for each sigma: its fractional index in the table."""
-        table = self.table()
-        indices = [sigma_to_index(sigma, table) for sigma in sigmas]
+        table = self.table().log().numpy()
+        indices = np.interp(np.log(sigmas), table, np.arange(len(table)))  # linear in log sigma, clamped to the ends
         return torch.tensor(indices, dtype=torch.float32, device=device)
 
     def denoised(self, model_output: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
