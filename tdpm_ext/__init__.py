@@ -35,3 +35,11 @@ def install(host: str):
     from tdpm_ext.hosts import install as install_host
 
     return install_host(host)
+
+
+def __getattr__(name: str):
+    if name == "kernels":  # on first use: most users need neither its import nor what it looks for
+        from importlib import import_module
+
+        return import_module("tdpm_ext.kernels")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,8 @@ import copy
 import gc
 import os
 import shutil
+import subprocess
+import sys
 
 os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
 
@@ -297,6 +299,11 @@ def test_an_unknown_network_is_left_as_it_is_and_said_so():
     handle = accelerate(model)
     assert not handle.patched and "nothing done" in handle.report()
     assert "forward" not in vars(model[1])
+
+
+def test_it_is_found_as_the_readme_writes_it():
+    code = "import tdpm_ext, sys; assert 'tdpm_ext.kernels' not in sys.modules; tdpm_ext.kernels.accelerate"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_wrong_arguments_say_what_is_allowed(model):
