@@ -33,9 +33,11 @@ class Mutant:
     start: int
     old: str
     new: str
+    line: str  # the first one it is in
 
     def __str__(self) -> str:
-        return f"{self.function}: {' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
+        change = f"{' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
+        return f"{self.function}: {change}, in: {self.line.strip()}"
 
     def source(self) -> str:
         """The whole faulty file."""
@@ -57,7 +59,8 @@ def mutants(file: str) -> list[Mutant]:
                     for kind, part, new in _faults(node):
                         start = begins[part.lineno - 1] + part.col_offset
                         old = ast.get_source_segment(text, part)
-                        found.append(Mutant(file, function.name, kind, start, old, new))
+                        line = text.splitlines()[part.lineno - 1]
+                        found.append(Mutant(file, function.name, kind, start, old, new, line))
     return found
 
 
