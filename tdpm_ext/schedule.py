@@ -215,7 +215,7 @@ def check_sigmas(sigmas: torch.Tensor | Sequence[float]) -> torch.Tensor:
         raise ValueError(f"sigmas must be a 1-D tensor or a list of numbers ({error})") from error
     if levels.ndim != 1:
         raise ValueError(f"sigmas have shape {tuple(levels.shape)}: give a 1-D schedule of length steps + 1")
-    if len(levels) and not (levels.min() >= 0 and levels.max() < math.inf):  # both false for NaN
+    if not all(0 <= level < math.inf for level in levels.tolist()):
         raise ValueError(f"sigmas {_short(levels)} hold NaN, infinite or negative entries: give finite numbers >= 0")
     return levels
 
