@@ -15,49 +15,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdpm_ext.kernels.facts import is_capturing
+
 MAX_BATCHES = 64  # kept ready as a whole: a schedule's steps for a few batches
 MAX_ROWS = 4096  # a row is as long as all projections together: 40 kB for a CIFAR-sized network
 PROBES = 64  # values looked at per weight, besides its version
 
 
 class Fingerprint:
-    """Tells whether any weight of some modules has changed since it was last asked.
+    """Tells whether some submodules, or any weight or buffer in them, have changed since it was last asked.
 
-    A change is seen through the parameter's identity, its storage and its version counter. Edits through ``.data``
-    bypass the counter: on the CPU a sample of the values is compared as well, on a GPU that would cost a transfer for
-    every call, so there only what torch counts is seen (``Handle.refresh`` drops everything by hand).
+    A change is seen through the identity of the modules and tensors, their storage and their version counters. Edits
+    through ``.data`` bypass the counter: on the CPU a sample of the values is compared as well, on a GPU that would
+    cost a transfer for every call, so there only what torch counts is seen (``Handle.refresh`` drops everything).
+
+    Args:
+        places: (module, name of a submodule) pairs: what stands there may be exchanged, by a LoRA say.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
-        self._modules = tuple(modules)
+    def __init__(self, places: Sequence[tuple[nn.Module, str]]):
+        self._places = tuple(places)
+        self._edges: list[tuple] = []
         self._seen: list[tuple] = []
         self._known = False
 
     def changed(self) -> bool:
         """True once after every change, and at the first call."""
-        if self._known and all(
-            parameters.get(name) is p
+        same = self._known and all(held.get(name) is inner for held, name, inner in self._edges)
+        if same and all(
+            held.get(name) is p
             and p.data_ptr() == pointer
             and (version is None or p._version == version)
             and (sample is None or sample.tobytes() == values)
-            for parameters, name, p, pointer, version, sample, values in self._seen
+            for held, name, p, pointer, version, sample, values in self._seen
         ):
             return False
-        self._seen = [
-            (module._parameters, name, *_state(p))
-            for module in self._modules
-            for name, p in module._parameters.items()
-            if p is not None
-        ]
+        self._edges, self._seen = [], []
+        for module, name in self._places:
+            self._walk(module._modules, name)
         self._known = True
         return True
+
+    def _walk(self, held: dict, name: str) -> None:
+        module = held.get(name)
+        self._edges.append((held, name, module))
+        if module is None:
+            return
+        for tensors in (module._parameters, module._buffers):
+            self._seen += [(tensors, key, *_state(t)) for key, t in tensors.items() if t is not None]
+        for key in module._modules:
+            self._walk(module._modules, key)
 
     def forget(self) -> None:
         """Report a change at the next call, whatever has happened."""
         self._known = False
 
     def __deepcopy__(self, memo):
-        return Fingerprint(deepcopy(self._modules, memo))
+        return Fingerprint(deepcopy(self._places, memo))
 
 
 def _state(p: Tensor) -> tuple:
@@ -94,7 +108,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 def capturing(x: Tensor) -> bool:
     """Whether x is part of a graph in the making: what is remembered now would stay in that graph for ever."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or (x.is_cuda and is_capturing())
 
 
 def remembered(cache: PromptCache | None, prompt: Tensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -109,8 +123,8 @@ class RowCache:
     ``added`` says whether the last call had to compute any.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
-        self.weights = Fingerprint(modules)
+    def __init__(self, places: Sequence[tuple[nn.Module, str]]):
+        self.weights = Fingerprint(places)
         self.clear()
 
     def clear(self) -> None:
@@ -216,13 +230,20 @@ class LastPrompt:
 class Projections:
     """What all blocks of a network project from one embedding [B, features], computed together and kept by its bits.
 
-    ``compute(block, embedding)`` gives a block's own [B, width]; ``weights_of(block)`` the module that it comes from.
+    ``compute(block, embedding)`` gives a block's own [B, width], by the submodule of the given name. Each block finds
+    its columns by its ``SLOT``; ``of`` computes directly where the table may not be used.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], compute: Callable, weights_of: Callable):
-        self._blocks, self._compute, self._weights_of = tuple(blocks), compute, weights_of
-        self._rows = RowCache([part for block in blocks for part in weights_of(block).modules()])
+    def __init__(self, blocks: Sequence[nn.Module], name: str, compute: Callable[[nn.Module, Tensor], Tensor]):
+        self._blocks, self._name, self._compute = tuple(blocks), name, compute
+        self._rows = RowCache([(block, name) for block in blocks])
         self.new_call()
+        start = 0
+        for block in blocks:
+            part = getattr(block, name)
+            width = last_layer(part).out_features
+            vars(block)[SLOT] = (self, part, slice(start, start + width))  # in vars: it is no submodule of the block
+            start += width
 
     @property
     def weights(self) -> Fingerprint:
@@ -245,14 +266,37 @@ class Projections:
         return torch.cat([self._compute(block, embedding) for block in self._blocks], dim=1)
 
     def __deepcopy__(self, memo):
-        return Projections(deepcopy(self._blocks, memo), self._compute, self._weights_of)
+        return Projections(deepcopy(self._blocks, memo), self._name, self._compute)
+
+
+SLOT = "_tdpm_columns"
+
+
+def projected(block: nn.Module, name: str, embedding: Tensor, compute: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    """``compute(block, embedding)``: from the network's table unless the layer was exchanged or somebody listens."""
+    part = getattr(block, name)
+    shared, known, columns = vars(block).get(SLOT, (None, None, None))
+    direct = shared is None or known is not part or capturing(embedding) or cast_by_host(last_layer(part))
+    if direct or hooked(*part.modules()):
+        return compute(block, embedding)
+    return shared.get(embedding)[:, columns]
+
+
+def last_layer(part: nn.Module) -> nn.Module:
+    """The layer with the weights, alone or last in a sequence."""
+    return part[-1] if isinstance(part, nn.Sequential) else part
+
+
+def cast_by_host(module: nn.Module) -> bool:
+    """Whether a host makes the weights anew in every ``forward`` (ComfyUI, with LoRA in it): nothing can be kept."""
+    return bool(getattr(module, "comfy_cast_weights", False) or getattr(module, "weight_function", None))
 
 
 class PromptCache:
     """What one module derives from the prompt, kept while prompt and weights stay."""
 
-    def __init__(self, prompt: LastPrompt, modules: Sequence[nn.Module]):
-        self._prompt, self.weights = prompt, Fingerprint(modules)
+    def __init__(self, prompt: LastPrompt, places: Sequence[tuple[nn.Module, str]]):
+        self._prompt, self.weights = prompt, Fingerprint(places)
         self._number, self._value = -1, None
 
     def get(self, prompt: Tensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -261,10 +305,6 @@ class PromptCache:
         if self.weights.changed() or number != self._number:
             self._value, self._number = compute().detach(), number
         return self._value
-
-    def clear(self) -> None:
-        """Drop the value."""
-        self._number, self._value = -1, None
 
     def __deepcopy__(self, memo):
         copy = PromptCache(deepcopy(self._prompt, memo), ())

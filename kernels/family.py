@@ -1,4 +1,4 @@
-"""What families of networks share: how a module is recognised, when its fast path may run, what runs on the CPU."""
+"""What families of networks share: how a module is recognised, and when its fast path may run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdpm_ext.kernels import ops
 from tdpm_ext.kernels.caches import hooked
 
 
@@ -82,58 +80,6 @@ def may_run(x: Tensor, *fused: nn.Module) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
     return torch.compiler.is_compiling() or not hooked(*fused)
-
-
-def norm_act(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float,
-    pre_add: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    act: str | None = None,
-) -> Tensor:
-    """``group_norm`` with its neighbours: the fused kernel on a GPU, on the CPU torch's own with fewest passes.
-
-    Shapes and meaning as in ``tdpm_ext.kernels.group_norm``; scale and shift are [N, C].
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        options = {"eps": eps, "pre_add": pre_add, "scale": scale, "shift": shift, "act": act}
-        return ops.group_norm(x, groups, weight, bias, **options)
-    if pre_add is not None:
-        x = x + _beside(pre_add, x)
-    if x.ndim == 4 and not x.is_contiguous():
-        x = near_zero(x, groups)
-    affine = scale is not None and weight is None and (len(scale) == 1 or scale.stride(0) == 0)
-    if affine:  # one scale and shift for all pictures: torch's kernel applies them in the same pass
-        weight, bias = scale[0] + 1, shift[0]
-    h = torch.group_norm(x, groups, weight, bias, eps)
-    if scale is not None and not affine:
-        torch.addcmul(_beside(shift, h), h, _beside(scale + 1, h), out=h)
-    if act == "silu":
-        F.silu(h, inplace=True)
-    elif act == "gelu":
-        torch.ops.aten.gelu_(h)
-    return h
-
-
-def near_zero(x: Tensor, groups: int) -> Tensor:
-    """x [N, C, H, W] less one of its values in each group, which changes no group norm.
-
-    In channels_last torch's CPU kernel sums plain squares: at a mean of 100 standard deviations it is wrong in the
-    third digit, at 1000 in the first.
-    """
-    width = x.shape[1] // groups
-    grouped = x.unflatten(1, (groups, width))
-    return (grouped - grouped[:, :, :1, :1, :1]).flatten(1, 2)
-
-
-def _beside(rows: Tensor, x: Tensor) -> Tensor:
-    """[N, C] -> [N, C, 1, ...] with as many dimensions as x."""
-    return rows.reshape(*rows.shape, *[1] * (x.ndim - rows.ndim))
 
 
 def add_into(h: Tensor, other: Tensor) -> Tensor:

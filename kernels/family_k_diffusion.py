@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdpm_ext.kernels import native, ops
 from tdpm_ext.kernels.caches import LastPrompt, PromptCache, RowCache, capturing, hooked, remembered
-from tdpm_ext.kernels.family import Family, Rule, add_into, channels_last, may_run, near_zero, norm_act, ordinary
+from tdpm_ext.kernels.family import Family, Rule, add_into, channels_last, may_run, ordinary
 
 # In k-diffusion's dict of conditions, under these names: what every AdaGN would compute from the mapping network's
 # output, (scale, shift) [B, C] each at its own `_tdpm_slot`; the same made ready for torch's CPU kernels; and whether
 # any of it is new, so that the norms look at their inputs once.
 TABLE, READY, NEW = "_tdpm_table", "_tdpm_ready", "_tdpm_new"
-MANY = 20_000  # values from which oneDNN's GELU pays
 CHUNK = 16  # pictures at a time on a CPU: what one stage hands to the next stays in its cache
 STEEP = 4.0  # mean over standard deviation from which torch's channels_last norm on a CPU needs help
 
@@ -31,7 +31,7 @@ def _ada_gn(module: nn.Module, x: Tensor, cond: dict, act: str | None) -> Tensor
         scale, shift = module.mapper(cond[module.cond_key]).chunk(2, dim=-1)
     if scale.dtype != x.dtype:  # the network is in half precision, its conditioning is not
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    return norm_act(x, module.num_groups, eps=module.eps, scale=scale, shift=shift, act=act)
+    return ops.group_norm(x, module.num_groups, eps=module.eps, scale=scale, shift=shift, act=act)
 
 
 def _ready_norm(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor, act: str | None, new: bool) -> Tensor:
@@ -39,17 +39,13 @@ def _ready_norm(module: nn.Module, x: Tensor, gain: Tensor, shift: Tensor, act: 
     if new and not module._tdpm_steep:
         module._tdpm_steep = _is_steep(x, module.num_groups)
     if module._tdpm_steep:
-        x = near_zero(x, module.num_groups)
+        x = native.near_zero(x, module.num_groups)
     if gain.ndim == 1:  # the same for all pictures
         h = torch.group_norm(x, module.num_groups, gain, shift, module.eps)
     else:
         h = torch.group_norm(x, module.num_groups, None, None, module.eps)
         torch.addcmul(shift, h, gain, out=h)
-    if act is None:
-        return h
-    if h.numel() < MANY:
-        return torch.ops.aten.gelu_(h)
-    return F.gelu(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # contiguous, so oneDNN's, which is faster
+    return native.gelu(h) if act else h
 
 
 def _is_steep(x: Tensor, groups: int) -> bool:
@@ -107,7 +103,7 @@ def cross_attention(self, input, cond):
     q = channels_last(self.q_proj(self.norm_dec(input, cond))).permute(0, 2, 3, 1)
     q = q.reshape(n, h * w, self.n_head, c // self.n_head).transpose(1, 2)
     cross, padding = cond[self.cond_key], cond[self.cond_key_padding]
-    bypass = capturing(input) or hooked(self.norm_enc, self.kv_proj)
+    bypass = capturing(input) or not _plain(self.norm_enc, self.kv_proj)
     kv, mask = (None, None) if bypass else self._tdpm_prompt
     kv = remembered(kv, cross, lambda: self.kv_proj(self.norm_enc(cross)))
     k, v = kv.view(n, -1, self.n_head * 2, c // self.n_head).transpose(1, 2).chunk(2, dim=1)
@@ -123,9 +119,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: fl
     """[B, heads, L, D]. k-diffusion hands its dropout to attention in evaluation mode too, and so does this."""
     if dropout or q.device.type == "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
-    from tdpm_ext.kernels.ops import attention
-
-    return attention(q, k, v, mask=mask)
+    return ops.attention(q, k, v, mask=mask)
 
 
 def _picture(y: Tensor, h: int, w: int) -> Tensor:
@@ -186,7 +180,7 @@ def image_v1(
     """``ImageDenoiserModelV1``: channels_last throughout, all projections of sigma and class looked up at once."""
     if not may_run(input):
         return ordinary(self, input, sigma, mapping_cond, unet_cond, cross_cond, cross_cond_padding, return_variance)
-    if input.device.type == "cpu" and len(input) > CHUNK and not self._tdpm_compiled:
+    if input.device.type == "cpu" and len(input) > CHUNK:
         given = (input, sigma, mapping_cond, unet_cond, cross_cond, cross_cond_padding)
         parts = zip(*(len(input) * [None] if t is None else t.split(CHUNK) for t in given), strict=False)
         done = [image_v1(self, *part, return_variance) for part in parts]
@@ -214,8 +208,9 @@ image_v1.__name__ = "forward"  # its bound method takes that one's place, and gr
 
 def _conditions(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> dict:
     """k-diffusion's dict of conditions, with the table where it can be used."""
-    cache, mappers = module._tdpm_rows, module._tdpm_mappers
-    if capturing(sigma) or hooked(*module.mapping, *mappers):
+    cache, mappers = module._tdpm_rows, [norm.mapper for norm in module._tdpm_norms]
+    embedding = module.mapping if mapping_cond is None else (*module.mapping, module.mapping_cond)
+    if capturing(sigma) or not _plain(*embedding, *mappers):
         return {"cond": _mapping(module, sigma, mapping_cond)}
 
     def compute(sigma, mapping_cond=None):
@@ -230,6 +225,11 @@ def _conditions(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -
 
     cond = cache.arranged([t for t in (sigma, mapping_cond) if t is not None], compute, arrange)
     return {**cond, NEW: cache.added} if READY in cond else dict(cond)
+
+
+def _plain(*modules: nn.Module) -> bool:
+    """Whether all are torch's own layers, which nobody listens to: a wrapper may compute something else at any time."""
+    return all(type(m) in (nn.Linear, nn.GELU, nn.LayerNorm) for m in modules) and not hooked(*modules)
 
 
 def _ready(rows: Tensor, table: tuple) -> dict:
@@ -249,24 +249,19 @@ def _mapping(module: nn.Module, sigma: Tensor, mapping_cond: Tensor | None) -> T
 def prepare(root: nn.Module, replace: Callable) -> None:
     """Give the patched modules of an ``ImageDenoiserModelV1`` their caches."""
     prompt, padding = LastPrompt(), LastPrompt()
-    mappers = []
+    norms = []
     for module in root.modules():
         patched = "forward" in vars(module)
         if patched and hasattr(module, "mapper"):
             own = module.cond_key == "cond"
-            module._tdpm_slot, module._tdpm_steep = len(mappers) if own else None, False
-            mappers += [module.mapper] if own else []
+            module._tdpm_slot, module._tdpm_steep = len(norms) if own else None, False
+            norms += [module] if own else []
         elif patched and hasattr(module, "kv_proj"):
-            kv = PromptCache(prompt, (module.norm_enc, module.kv_proj))
+            kv = PromptCache(prompt, ((module, "norm_enc"), (module, "kv_proj")))
             module._tdpm_prompt = (kv, PromptCache(padding, ()))
-    own = [
-        m
-        for name in ("timestep_embed", "mapping_cond", "mapping")
-        for m in getattr(root, name, nn.Identity()).modules()
-    ]
-    root._tdpm_prompts, root._tdpm_compiled = (prompt, padding), False
-    root._tdpm_mappers = tuple(mappers)
-    root._tdpm_rows = RowCache((*own, *mappers))
+    embedding = [(root, name) for name in ("timestep_embed", "mapping_cond", "mapping")]
+    root._tdpm_prompts, root._tdpm_compiled, root._tdpm_norms = (prompt, padding), False, tuple(norms)
+    root._tdpm_rows = RowCache((*embedding, *((norm, "mapper") for norm in norms)))
 
 
 _RULES = (

@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 
 from torch import Tensor, nn
 
 from tdpm_ext.kernels import ops
-from tdpm_ext.kernels.caches import LastPrompt, Projections, PromptCache, capturing, hooked, remembered
-from tdpm_ext.kernels.family import Family, Rule, add_into, may_run, network, norm_act, ordinary
+from tdpm_ext.kernels.caches import (
+    LastPrompt,
+    Projections,
+    PromptCache,
+    capturing,
+    cast_by_host,
+    hooked,
+    last_layer,
+    projected,
+    remembered,
+)
+from tdpm_ext.kernels.family import Family, Rule, add_into, may_run, network, ordinary
 
 _ACTS = {nn.SiLU: "silu", nn.GELU: "gelu"}
 
@@ -22,35 +31,15 @@ def _act(module: nn.Module) -> str | None:
     return _ACTS.get(type(module))
 
 
-def _cast_by_host(module: nn.Module) -> bool:
-    """Whether a host makes the weights anew in every ``forward`` (ComfyUI, with LoRA in it): nothing can be kept."""
-    return bool(getattr(module, "comfy_cast_weights", False) or getattr(module, "weight_function", None))
-
-
 def _readable(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm's weights can be used as they lie: hosts may keep them elsewhere and cast them in ``forward``."""
-    if _cast_by_host(norm):
+    if cast_by_host(norm):
         return False
     return norm.weight is None or (norm.weight.device == x.device and norm.weight.dtype == x.dtype)
 
 
 def _fused(norm: nn.GroupNorm, x: Tensor, act: str, **extra) -> Tensor:
-    return norm_act(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, act=act, **extra)
-
-
-def _time(block: nn.Module, embedding: Tensor, projection: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    """A block's projection of the time embedding, [B, C], from the network's table where that may be used."""
-    shared, slot = vars(block).get("_tdpm_time", (None, None))
-    if shared is None or slot[2] is not projection or capturing(embedding):
-        return compute()
-    if hooked(*projection.modules()) or _cast_by_host(_linear(projection)):
-        return compute()
-    return shared.get(embedding)[:, slot[0] : slot[0] + slot[1]]
-
-
-def _linear(projection: nn.Module) -> nn.Module:
-    """The layer with the weights, alone or last in a sequence."""
-    return projection[-1] if isinstance(projection, nn.Sequential) else projection
+    return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, act=act, **extra)
 
 
 # ComfyUI's casts weights first, where it is told to; latent diffusion's computes in float32, as everything here does
@@ -82,7 +71,7 @@ def diffusers_block(self, input_tensor, temb, *args, **kwargs):
     h = self.conv1(h)
     extra = {}
     if self.time_emb_proj is not None:
-        rows = _time(self, temb, self.time_emb_proj, lambda: _project(self, temb))
+        rows = projected(self, "time_emb_proj", temb, _project)
         if self.time_embedding_norm == "scale_shift":
             extra["scale"], extra["shift"] = rows.chunk(2, dim=1)
         else:
@@ -124,7 +113,7 @@ def ldm_block(self, x, emb):
     h = self.in_layers[2](h)
     extra = {}
     if self.emb_layers is not None:
-        rows = _time(self, emb, self.emb_layers, lambda: self.emb_layers(emb)).to(h.dtype)
+        rows = projected(self, "emb_layers", emb, _project_ldm).to(h.dtype)
         if self.use_scale_shift_norm:
             extra["scale"], extra["shift"] = rows.chunk(2, dim=1)
         else:
@@ -158,7 +147,7 @@ def group_norm(self, input):
 
 def prompt_projection(self, input):
     """A linear layer that sees nothing but the prompt: once for each prompt."""
-    direct = capturing(input) or _cast_by_host(self) or not may_run(input, self)
+    direct = capturing(input) or cast_by_host(self) or not may_run(input, self)
     cache = None if direct else self._tdpm_prompt
     return remembered(cache, input, lambda: ordinary(self, input))
 
@@ -180,20 +169,15 @@ def _prepare(root: nn.Module, replace: Callable, projection: str, compute: Calla
     """Caches for the prompt and for the embedding, whose projection in each block is the attribute ``projection``."""
     prompt = LastPrompt()
     for attention in _attentions(root):
-        for layer in (attention.to_k, attention.to_v):
+        for name in ("to_k", "to_v"):
+            layer = getattr(attention, name)
             if "forward" not in vars(layer):
-                layer._tdpm_prompt = PromptCache(prompt, (layer,))
+                layer._tdpm_prompt = PromptCache(prompt, ((attention, name),))
                 replace(layer, prompt_projection, "keys and values once per prompt")
     # layers of another kind (LoRA's wrappers) may compute something else tomorrow with the same weights
     patched = [m for m in root.modules() if "forward" in vars(m)]
-    blocks = [m for m in patched if isinstance(_linear(getattr(m, projection, None)), nn.Linear)]
-    shared = Projections(blocks, compute, attrgetter(projection))
-    start = 0
-    for block in blocks:
-        part = getattr(block, projection)
-        width = _linear(part).out_features
-        vars(block)["_tdpm_time"] = (shared, (start, width, part))  # in vars: it is no submodule of the block
-        start += width
+    blocks = [m for m in patched if isinstance(last_layer(getattr(m, projection, None)), nn.Linear)]
+    shared = Projections(blocks, projection, compute)
     root._tdpm_caches = (prompt, shared)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdpm_ext.kernels.caches import Projections, capturing, hooked
+from tdpm_ext.kernels.caches import Projections, projected
 from tdpm_ext.kernels.family import Family, Rule, may_run, network, ordinary
 
 
@@ -15,9 +15,7 @@ def ada_rms_norm(self, x, cond):
     """``AdaRMSNorm``: scale looked up, root mean square taken by torch's fused operation."""
     if x.dtype.itemsize < 4 or not may_run(x):
         return ordinary(self, x, cond)
-    shared, slot = vars(self).get("_tdpm_time", (None, None))
-    direct = shared is None or slot[2] is not self.linear or capturing(cond) or hooked(self.linear)
-    scale = self.linear(cond).flatten(1) if direct else shared.get(cond)[:, slot[0] : slot[0] + slot[1]]
+    scale = projected(self, "linear", cond, _project)
     y = F.rms_norm(x, x.shape[-1:], None, self.eps)
     return y * (scale + 1).view(len(scale), *[1] * (x.ndim - 2), -1)
 
@@ -26,19 +24,11 @@ def _project(norm: nn.Module, cond: Tensor) -> Tensor:
     return norm.linear(cond).flatten(1)
 
 
-def _linear(norm: nn.Module) -> nn.Module:
-    return norm.linear
-
-
 def prepare(root: nn.Module, replace: Callable) -> None:
     """One table for the scales of all norms."""
     patched = [m for m in root.modules() if "forward" in vars(m) and m is not root]
     norms = [m for m in patched if isinstance(m.linear, nn.Linear)]
-    shared, start = Projections(norms, _project, _linear), 0
-    for norm in norms:
-        vars(norm)["_tdpm_time"] = (shared, (start, norm.linear.out_features, norm.linear))
-        start += norm.linear.out_features
-    root._tdpm_caches = (shared,)
+    root._tdpm_caches = (Projections(norms, "linear", _project),)
 
 
 def _family(version: int) -> Family:

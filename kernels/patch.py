@@ -188,13 +188,14 @@ def _accelerate_root(handle: Handle, family: Family, name: str, root: nn.Module)
 def _compile(handle: Handle, family: Family, root: nn.Module) -> None:
     """Inductor for the body of a network, with Winograd's convolutions on a CPU."""
     body = family.body(root)
-    convolutions = [m for m in body.modules() if winograd.fits(m)]
-    for module in convolutions:
+    places = [(owner, name) for owner in body.modules() for name, m in owner.named_children() if winograd.fits(m)]
+    for owner, name in places:
+        module = getattr(owner, name)
         _replace(handle, module, MethodType(winograd.forward, module))
     usual = vars(body).get("forward") or MethodType(type(body).forward, body)
     root._tdpm_compiled = True
-    transformed = winograd.TransformedWeights(convolutions)
-    _replace(handle, body, Compiled(usual, handle.notes, transformed.update, chunks=body is not root))
+    transformed = winograd.TransformedWeights(places)
+    _replace(handle, body, Compiled(usual, handle.notes, transformed.update))
 
 
 def _patch(handle: Handle, rules: dict[str, Rule], path: str, module: nn.Module) -> None:

@@ -16,40 +16,25 @@ WIDE = {"sigma", "mapping_cond", "timestep", "timesteps"}
 REPEATS = 5  # timed calls of each way; the fastest of each counts
 
 
-CHUNK = 16  # pictures per compiled call on a CPU: what they need at a time stays in its cache
-
-
 class Compiled:
     """A module's body, compiled by Inductor for each shape it meets and used where that is faster.
 
     Takes the place of the module's ``forward``. The first call with new shapes compiles, which takes from seconds to
-    minutes, and times both ways; what was decided is appended to ``notes``. On a CPU larger batches are computed in
-    chunks, so that one compilation serves them all.
+    minutes, and times both ways; what was decided is appended to ``notes``.
 
     Args:
-        usual: the module's forward; a tensor comes out, [B, ...] as the first argument.
+        usual: the module's forward.
         update: called before every compiled call.
     """
 
-    def __init__(self, usual: Callable, notes: list[str], update: Callable[[], None], chunks: bool):
-        self._usual, self.notes, self._update, self._chunks = usual, notes, update, chunks
+    def __init__(self, usual: Callable, notes: list[str], update: Callable[[], None]):
+        self._usual, self.notes, self._update = usual, notes, update
         self._compiled: Callable | None = None
         self._chosen: dict[tuple, Callable] = {}
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._usual(*args, **kwargs)
-        batch = len(args[0]) if args else 0
-        if not self._chunks or args[0].device.type != "cpu" or batch <= CHUNK:
-            return self._run(args, kwargs)
-        done = []
-        for first in range(0, batch, CHUNK):
-            part = [_rows(value, batch, slice(first, first + CHUNK)) for value in (args, kwargs)]
-            whole = first + CHUNK <= batch
-            done.append(self._run(*part) if whole else self._usual(*part[0], **part[1]))
-        return torch.cat(done)
-
-    def _run(self, args: tuple, kwargs: dict):
         self._update()
         args, kwargs = _dense(args), _dense(kwargs)
         key = shapes_of((args, kwargs))
@@ -74,8 +59,7 @@ class Compiled:
         return self._compiled if compiled < usual else self._usual
 
     def __deepcopy__(self, memo):
-        parts = (self._usual, self.notes, self._update)
-        return Compiled(*(deepcopy(part, memo) for part in parts), self._chunks)
+        return Compiled(*(deepcopy(part, memo) for part in (self._usual, self.notes, self._update)))
 
 
 def _map(value, change: Callable[[Tensor], Tensor]):
@@ -85,11 +69,6 @@ def _map(value, change: Callable[[Tensor], Tensor]):
     if isinstance(value, dict):
         return {name: _map(inner, change) for name, inner in value.items()}
     return type(value)(_map(inner, change) for inner in value) if isinstance(value, (tuple, list)) else value
-
-
-def _rows(value, batch: int, span: slice):
-    """The rows of a chunk, of every tensor that has one row for each picture."""
-    return _map(value, lambda t: t[span] if t.ndim and len(t) == batch else t)
 
 
 def _dense(value):

@@ -112,11 +112,14 @@ def forward(self, input):
 
 
 class TransformedWeights:
-    """The transformed weights of some convolutions, kept up to date in place, so that compiled code sees edits."""
+    """The transformed weights of some convolutions, kept up to date in place, so that compiled code sees edits.
 
-    def __init__(self, modules: list[nn.Module]):
-        self._modules = modules
-        self.weights = Fingerprint(modules)
+    ``places``: where they stand, as (module, name).
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]]):
+        self._modules = [getattr(module, name) for module, name in places]
+        self.weights = Fingerprint(places)
         self.update()
 
     def update(self) -> None:

@@ -11,10 +11,11 @@ os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 from tdpm_ext import open_checkpoint
-from tdpm_ext.kernels import KernelError, accelerate
+from tdpm_ext.kernels import KernelError, accelerate, group_norm
 
 K = pytest.importorskip("k_diffusion")
 CHECKPOINT = "assets/fashion-mnist/denoiser.safetensors"
@@ -200,6 +201,42 @@ def test_a_parameter_replaced_or_loaded_meanwhile_counts_at_once(model):
     with torch.no_grad():
         other.inner_model.mapping[0].weight *= 2
     torch.testing.assert_close(run(model), run(other), rtol=0, atol=1e-5)
+
+
+class Doubled(nn.Module):
+    """What a LoRA wrapper looks like from outside: another module where a layer was."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("name", ["mapper", "kv_proj", "norm_enc", "mapping.0", "mapping_cond", "timestep_embed"])
+def test_a_layer_replaced_after_acceleration_counts_at_once(name):
+    model = build(**VARIANTS["prompt"])
+    before = run(model)
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    run(model)
+    for m in (model, plain):
+        owner, _, last = name.rpartition(".")
+        for path, module in list(m.named_modules()):
+            if path.endswith(owner) and last in module._modules:
+                module._modules[last] = Doubled(module._modules[last])
+    assert not torch.allclose(run(plain), before, atol=1e-4)
+    torch.testing.assert_close(run(model), run(plain), rtol=0, atol=1e-5)
+
+
+def test_a_buffer_edited_meanwhile_counts_at_once(model):
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    run(model)
+    for m in (model, plain):
+        m.inner_model.timestep_embed.weight.mul_(1.5)
+    torch.testing.assert_close(run(model), run(plain), rtol=0, atol=1e-5)
 
 
 def test_a_lora_layer_put_in_after_acceleration_is_called(model):
@@ -407,8 +444,8 @@ def test_the_compiled_tier_gives_the_same_pictures_and_says_what_it_measured():
     assert run(model, 2).equal(before)
 
 
-def test_without_a_compiler_the_exact_tier_goes_on_and_says_why(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+@torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+def test_without_a_compiler_the_exact_tier_goes_on_and_says_why():
     torch.compiler.reset()
     model = build(depths=[1], channels=[64], self_attn_depths=[False])
     before = run(model, 2)
@@ -420,13 +457,11 @@ def test_without_a_compiler_the_exact_tier_goes_on_and_says_why(monkeypatch):
 
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0])
 def test_norms_stay_exact_in_channels_last_when_the_mean_is_far_from_zero(mean):
-    from tdpm_ext.kernels.family import norm_act
-
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(2, 64, 9, 7, generator=g) + mean).contiguous(memory_format=torch.channels_last)
     scale, shift = torch.randn(2, 2, 64, generator=g)
     with torch.no_grad():
-        y = norm_act(x, 4, eps=1e-5, scale=scale, shift=shift)
+        y = group_norm(x, 4, eps=1e-5, scale=scale, shift=shift)
     wide = nn.functional.group_norm(x.double(), 4, eps=1e-5)
     wanted = wide * (scale.double() + 1)[:, :, None, None] + shift.double()[:, :, None, None]
     assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()

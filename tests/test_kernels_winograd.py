@@ -51,7 +51,7 @@ def test_only_plain_convolutions_fit(changes):
 
 def test_transformed_weights_follow_edits_where_they_lie():
     conv = nn.Conv2d(32, 32, 3, padding=1)
-    kept = winograd.TransformedWeights([conv])
+    kept = winograd.TransformedWeights([(nn.Sequential(conv), "0")])
     u = conv._tdpm_winograd
     with torch.no_grad():
         conv.weight.mul_(2)
@@ -64,7 +64,7 @@ def test_compiled_code_uses_it_and_sees_edits():
     from types import MethodType
 
     conv = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
-    kept = winograd.TransformedWeights([conv])
+    kept = winograd.TransformedWeights([(nn.Sequential(conv), "0")])
     vars(conv)["forward"] = MethodType(winograd.forward, conv)
     compiled = torch.compile(lambda x: conv(x), fullgraph=True, dynamic=False)
     x = torch.randn(8, 32, 12, 12, generator=torch.Generator().manual_seed(0))
