@@ -91,7 +91,7 @@ def device_facts() -> dict:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "packages": {name: _version(name) for name in ("triton", "xformers", "diffusers", "k-diffusion")},
+        "packages": {name: records.version(name) for name in ("triton", "xformers", "diffusers", "k-diffusion")},
         "environment": {
             k: v for k, v in os.environ.items() if k.startswith(("TDPM_", "TORCH", "CUDA_", "NVIDIA_TF32"))
         },
@@ -103,15 +103,6 @@ def device_facts() -> dict:
     except (OSError, subprocess.CalledProcessError, IndexError):
         facts["nvidia_smi"] = {}
     return facts
-
-
-def _version(name: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def measure(args: argparse.Namespace, argv: list[str] | None) -> dict:

@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -84,24 +85,37 @@ def estimate(value) -> dict:
 def environment(device: str | torch.device = "cpu") -> dict:
     """What ran: versions, threads, device, commit and whether the tree differed from it."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": "GPU" if device.type == "cuda" else "CPU",
         "name": name,
-        "commit": _git("rev-parse", "--short", "HEAD") or None,
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "--short", "HEAD") or None,
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
     }
 
 
-def _git(*words: str) -> str:
-    run = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+def version(name: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git(*words: str) -> str:
+    """What git says of this repository; empty outside of one."""
+    try:
+        run = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -145,31 +143,10 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
     return int(marks[0]) / 1024 if marks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     """The commit of the working tree, with "+" when it has uncommitted changes; None outside a repository."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(name: str) -> str | None:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
+    commit = records.git("rev-parse", "HEAD")
+    return commit + "+" * bool(records.git("status", "--porcelain")) if commit else None
 
 
 def environment(device: torch.device) -> dict:
@@ -177,7 +154,7 @@ def environment(device: torch.device) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": device.type,
-        "name": gpu or _processor(),
+        "name": gpu or records.processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -185,8 +162,8 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if gpu else None,
-        "k_diffusion": _version("k-diffusion"),
-        "tdpm_ext": _version("tdpm-ext"),
+        "k_diffusion": records.version("k-diffusion"),
+        "tdpm_ext": records.version("tdpm-ext"),
         "commit": _commit(),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 (Python 3.10)
         "command": " ".join(["python", *sys.argv]),
