@@ -1,0 +1,131 @@
+"""A discriminator of noised pictures that knows the noise level and the condition; a small one for 2-d points."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdpm_ext.priors.networks import Conditioning
+
+
+class Discriminator(nn.Module):
+    """Scores of noised pictures: residual convolutions without any normalisation, so that each row is judged alone.
+
+    Smooth almost everywhere and piecewise linear: the gradient penalties differentiate it twice.
+
+    Args:
+        shape: of one picture, (C, H, W), or (D,) for points, which get linear layers instead.
+        num_classes: labels 0 .. num_classes - 1; num_classes itself: none.
+        cond_width: of an embedding [B, cond_width] instead of labels.
+        sigma_data: std of the data, for scaling the input.
+        width: channels at the first level (units of each layer for points).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        num_classes: int = 0,
+        cond_width: int = 0,
+        sigma_data: float = 0.5,
+        width: int = 48,
+        depth: int = 1,
+    ):
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.condition = Conditioning(num_classes, cond_width, 2 * width)
+        if len(shape) == 1:
+            self.body = nn.ModuleList([_Dense(shape[0], width), *(_Dense(width, width) for _ in range(depth + 1))])
+            flat = width
+        else:
+            self.body, flat = _pyramid(shape, width, depth)
+        self.modulate = nn.ModuleList(nn.Linear(2 * width, 2 * block.channels) for block in self.body)
+        for layer in self.modulate:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.width = 4 * width  # of the features
+        self.last = nn.Linear(flat, self.width)
+        self.score = nn.Linear(self.width, 1)
+        self.project = nn.Linear(2 * width, self.width)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x [B, *shape] at noise levels sigma [B], cond int64 [B] or [B, cond_width] or None -> scores [B]."""
+        h, emb = self._run(x, sigma, cond)
+        return self.score(h)[:, 0] + (self.project(emb) * h).mean(1)
+
+    def features(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The last hidden layer, [B, width]: what a transport cost compares."""
+        return self._run(x, sigma, cond)[0]
+
+    def _run(self, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        emb = self.condition(sigma, cond)
+        scale = (sigma.square() + self.sigma_data**2).rsqrt()
+        h = x * scale.reshape(-1, *[1] * (x.ndim - 1))
+        for block, modulate in zip(self.body, self.modulate, strict=True):
+            gain, shift = modulate(emb).chunk(2, 1)
+            h = block(h, 1 + gain, shift)
+        return F.leaky_relu(self.last(h.flatten(1)), 0.2), emb
+
+
+def _pyramid(shape: tuple[int, ...], width: int, depth: int) -> tuple[nn.ModuleList, int]:
+    """Blocks from the picture down to at most 8 x 8, and the number of entries they end with."""
+    channels, height, side = shape
+    blocks, here = [_Stem(channels, width, 2 if min(height, side) > 16 else 1)], width
+    height, side = height // blocks[0].patch, side // blocks[0].patch
+    while True:
+        blocks += [_Residual(here) for _ in range(depth)]
+        if min(height, side) <= 8:
+            return nn.ModuleList(blocks), here * height * side
+        blocks.append(_Down(here, 2 * here))
+        here, height, side = 2 * here, height // 2, side // 2
+
+
+class _Stem(nn.Module):
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.patch, self.channels = patch, width
+        self.conv = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+
+    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x, self.patch)
+        return self.conv(x) * gain[:, :, None, None] + shift[:, :, None, None]
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.channels = width
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        h = self.first(F.leaky_relu(x, 0.2)) * gain[:, :, None, None] + shift[:, :, None, None]
+        return (x + self.second(F.leaky_relu(h, 0.2))) * math.sqrt(0.5)
+
+
+class _Down(nn.Module):
+    def __init__(self, width: int, wider: int):
+        super().__init__()
+        self.channels = wider
+        self.conv = nn.Conv2d(width, wider, 3, padding=1)
+
+    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return self.conv(F.avg_pool2d(x, 2)) * gain[:, :, None, None] + shift[:, :, None, None]
+
+
+class _Dense(nn.Module):
+    def __init__(self, inside: int, outside: int):
+        super().__init__()
+        self.channels = outside
+        self.layer = nn.Linear(inside, outside)
+
+    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return F.leaky_relu(self.layer(x) * gain + shift, 0.2)
+
+
+def noise_levels(count: int, low: float, high: float, generator: torch.Generator, device) -> Tensor:
+    """Noise levels [count] for a discriminator, log-uniform between ``low`` and ``high``."""
+    share = torch.rand(count, generator=generator, device=device)
+    return torch.exp(math.log(low) + share * (math.log(high) - math.log(low)))
