@@ -1,6 +1,7 @@
 """Everything that only a GPU can show, in one command of at most ten minutes: ``make gpu``.
 
-1. every test marked ``gpu``: a failure, or a single skipped one, fails the run;
+1. every test marked ``gpu``: a failure, or a single skipped one, fails the run (tests of xformers and of a second GPU
+   may be skipped where there is none);
 2. the same small calls under compute-sanitizer's memcheck and racecheck, where it is installed;
 3. each operation against torch's own (gpu_operations.py), whole trajectories against eager, channels_last and
    torch.compile (gpu_trajectories.py): no times for what is wrong, no speed-up for what does not agree.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,21 +37,45 @@ SCHEMA = "tdpm-gpu/1"
 NO_GPU = "make gpu: torch sees no CUDA GPU here, so nothing was run"
 SMI = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "persistence_mode",
        "mig.mode.current", "temperature.gpu")  # fmt: skip
-MINUTES = {"tests": 4, "sanitizer": 2}
+MINUTES = {"tests": 5, "sanitizer": 2}
+WORKERS = 8  # most time goes into Triton's compilations
+PARTS = ("tests", "sanitizer", "times")
+NOT_RUN = {"passed": 0, "failed": 0, "skipped": 0, "optional": {}, "seconds": 0.0}
+# Lacking these, a test has nothing to test; any other reason to skip fails the run.
+OPTIONAL = ("xformers is not installed", "xformers cannot be used here", "needs a second GPU")
 
 
 def tests() -> dict:
-    """Run the tests marked gpu: {"passed", "failed", "skipped", "seconds"}."""
+    """Run the tests marked gpu: {"passed", "failed", "skipped", "optional", "seconds"}.
+
+    ``optional`` counts, by reason, tests of what a machine need not have; they are not among the skipped.
+    """
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={log}"]
+        workers = str(min(WORKERS, os.cpu_count() or 1))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "--ignore=tests/hosts",
+            "-q",
+            "-n",
+            workers,
+            f"--junitxml={log}",
+        ]
         subprocess.run(command, cwd=ROOT, timeout=MINUTES["tests"] * 60)
         suite = ElementTree.parse(log).getroot().find("testsuite")
     count = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
-    return {"passed": passed, "failed": failed, "skipped": count["skipped"], "seconds": time.monotonic() - begin}
+    reasons = Counter(entry.get("message") for entry in suite.iter("skipped"))
+    optional = {reason: n for reason, n in reasons.items() if reason.startswith(OPTIONAL)}
+    skipped = count["skipped"] - sum(optional.values())
+    seconds = time.monotonic() - begin
+    return {"passed": passed, "failed": failed, "skipped": skipped, "optional": optional, "seconds": seconds}
 
 
 def sanitize() -> list[dict]:
@@ -110,18 +136,18 @@ def measure(args: argparse.Namespace, argv: list[str] | None) -> dict:
     from tdpm_ext.kernels import report as backends
 
     device, begin = torch.device("cuda"), time.monotonic()
-    done = tests()
+    done = tests() if "tests" in args.parts else dict(NOT_RUN)
     record = {
         "schema": SCHEMA,
         "command": records.command("gpu.py", argv),
         "environment": records.environment(device),
         "device": device_facts(),
         "tests": done,
-        "sanitizer": sanitize(),
+        "sanitizer": sanitize() if "sanitizer" in args.parts else [],
         "operations": {"rates": {}, "rows": []},
         "trajectories": [],
     }
-    if not done["failed"]:
+    if not done["failed"] and "times" in args.parts:
         record["operations"] = gpu_operations.measure(device, torch.float16, runs=args.runs)
         for name, batch in (("cifar10", 1), ("cifar10", 16), ("fashion-mnist", 1), ("sd15", 1)):
             if name in args.networks:
@@ -172,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all of it; 0 if all is well, 1 if something is wrong, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="leave some out (then it fails)")
     parser.add_argument("--runs", type=int, default=200, help="timed runs of each (default: 200)")
     parser.add_argument("--json", type=Path, default=records.RESULTS / "gpu.json", help="write the record here")
     parser.add_argument("--small-calls", action="store_true", help=argparse.SUPPRESS)
