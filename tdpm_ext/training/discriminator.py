@@ -42,12 +42,16 @@ class Discriminator(nn.Module):
             flat = width
         else:
             self.body, flat = _pyramid(shape, width, depth)
+        self.width = 4 * width  # of the features
+        self.last = nn.Linear(flat, self.width)
+        for layer in self.modules():  # torch's own start loses half of the signal per layer: nothing to learn from
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, a=0.2)
+                nn.init.zeros_(layer.bias)
         self.modulate = nn.ModuleList(nn.Linear(2 * width, 2 * block.channels) for block in self.body)
         for layer in self.modulate:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.width = 4 * width  # of the features
-        self.last = nn.Linear(flat, self.width)
         self.score = nn.Linear(self.width, 1)
         self.project = nn.Linear(2 * width, self.width)
 
