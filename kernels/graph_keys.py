@@ -20,6 +20,8 @@ BY_VALUE = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.
 # and the one of accelerate's hooks that move weights about.
 ADAPTER_STATE = ("scaling", "scale", "multiplier", "strength", "enabled", "merged_adapters", "_active_adapter",
                  "_disable_adapters", "_hf_hook")  # fmt: skip
+# Set to True on a hook that does nothing but launch operations on its arguments, so that a graph may hold them.
+CAPTURABLE = "tdpm_capturable"
 
 
 class Refused(Exception):
@@ -191,7 +193,7 @@ class Watched:
         waiting = list(self.modules)
         while waiting:  # a U-Net has 700 modules, and this runs before every replay: no calls that can be spared
             own = waiting.pop().__dict__
-            if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and own is not hooks_outside:
+            if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and own is not hooks_outside and _listens(own):
                 raise Refused("a hook inside would run at capture only")
             seen.append(own["training"])
             for held in (own["_parameters"], own["_buffers"]):
@@ -225,6 +227,12 @@ class Watched:
         for module in self.modules:
             yield from module.parameters()
             yield from module.buffers()
+
+
+def _listens(own: dict) -> bool:
+    """Whether a hook of the module with this ``__dict__`` must run at every call."""
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return not all(getattr(hook, CAPTURABLE, False) for hook in hooks)
 
 
 def _plain(value: Any) -> Hashable:

@@ -7,6 +7,7 @@ from tdpm_ext.ideal import IdealDenoiser
 from tdpm_ext.plan import Plan
 from tdpm_ext.priors import ImplicitPrior, get_prior, list_priors, load_prior, register_prior, save_prior
 from tdpm_ext.sampler import sample, sample_tdpm, use_prior
+from tdpm_ext.trajectory import Trajectory
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "IdealDenoiser",
     "ImplicitPrior",
     "Plan",
+    "Trajectory",
     "__version__",
     "calibrate",
     "fit_prior",

@@ -127,4 +127,5 @@ def _cast_inputs(dtype: torch.dtype):
     def hook(module, args, kwargs):
         return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
 
+    hook.tdpm_capturable = True  # it only casts: CUDA graphs may hold it
     return hook

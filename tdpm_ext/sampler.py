@@ -172,12 +172,10 @@ def sample(
     Raises:
         ValueError: a shape the prior was not fitted for, seeds that do not match it, or a budget below the prior's own.
     """
-    seeds = _seeds(prior, shape, seed)
-    _check_options("prior", "always", objective, steps, sigma_trunc)
+    seeds = seeds_of(prior, shape, seed)
+    check_budget(prior, steps, objective, sigma_trunc)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch is {batch!r}: give a whole number of at least 1")
-    if steps <= prior.prior_nfe:
-        raise ValueError(f"steps={steps}, but the prior itself makes {prior.prior_nfe} network calls: give more steps")
     plan = route.plan_for(prior, steps, objective, sigma_trunc)
     way = route.follow(plan)
     extra_args = {} if extra_args is None else extra_args
@@ -198,18 +196,21 @@ def sample(
     return torch.cat(done)
 
 
-def start_from(prior, z, way: route.Route, extra_args: dict):
-    """(x at sigma_trunc, history for ``solve``): what the prior knows of z without a call of the model."""
-    cond = {}
+def start_from(prior, z, way: route.Route, extra_args: dict, *, branch: str | None = None):
+    """(x at sigma_trunc, history for ``solve``): what the prior knows of z without a call of the model.
+
+    ``branch``, if given, is what the prior's own ``branch`` said of the conditions.
+    """
+    cond = {} if branch is None else {"branch": branch}
     if isinstance(extra_args.get("class_cond"), torch.Tensor):
         cond["class_cond"] = extra_args["class_cond"]
-    sigma = way.sigmas[0].item()
-    if way.solver is None and way.history and _has_closed_form(prior):
+    sigma, *_ = way.sigmas.tolist()
+    if branch is not None or (way.solver is None and way.history and has_closed_form(prior)):
         return prior.start(z, sigma, way.history, **cond)
     return prior.sample(z, sigma, **cond), ()
 
 
-def _has_closed_form(prior) -> bool:
+def has_closed_form(prior) -> bool:
     """Whether the prior has a denoiser and a flow of its own; a learned one may have neither."""
     return all(getattr(type(prior), name) is not getattr(ImplicitPrior, name) for name in ("denoise", "transport"))
 
@@ -245,7 +246,14 @@ def _with_sample_sigmas(extra_args: dict, sigmas: torch.Tensor) -> dict:
     return {**extra_args, "model_options": {**options, "transformer_options": transformer}}
 
 
-def _seeds(prior, shape, seed) -> list[int]:
+def check_budget(prior, steps, objective, sigma_trunc) -> None:
+    """Raise ``ValueError`` for options of `sample` that cannot be, or a budget that the prior alone would use up."""
+    _check_options("prior", "always", objective, steps, sigma_trunc)
+    if steps <= prior.prior_nfe:
+        raise ValueError(f"steps={steps}, but the prior itself makes {prior.prior_nfe} network calls: give more steps")
+
+
+def seeds_of(prior, shape, seed) -> list[int]:
     """One seed per picture, checked against the shape."""
     several = not isinstance(seed, int)
     count = len(seed) if several else 1

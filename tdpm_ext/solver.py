@@ -162,13 +162,14 @@ def solve(
     past = [d for _, d in history][:2]
     fitted = tuple(tuple(row) for row in weights)
     rows = all_weights(tuple(values), tuple(orders), tuple(float(s) for s, _ in history)[:2], fitted)
-    levels = torch.tensor(values, dtype=torch.float32).to(x.device)
     ones = x.new_ones([x.shape[0]])
     fused = _fused_update(x)
     for i in range(steps) if disable else trange(steps, disable=disable):
-        denoised = model(x, levels[i] * ones, **extra_args)
+        sigma = ones * values[i]  # filled on the device: copying levels there would wait, and bar CUDA graphs
+        denoised = model(x, sigma, **extra_args)
         if callback is not None:
-            callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
+            level = sigma[0] if len(sigma) else x.new_tensor(values[i])
+            callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
         if fused and denoised.dtype == x.dtype and denoised.shape == x.shape:
             weight, *older = rows[i][: 1 + len(past)]
             x, _ = fused(x, denoised, past[: len(older)], a=values[i + 1] / values[i], b=weight, c=older)

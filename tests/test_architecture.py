@@ -20,6 +20,7 @@ EXPORTS = [
     "IdealDenoiser",
     "ImplicitPrior",
     "Plan",
+    "Trajectory",
     "__version__",
     "calibrate",
     "fit_prior",
@@ -56,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inner_solver": PRIORS | {"decide", "optional"},
     "route": PRIORS | {"decide", "inner_solver"},
     "sampler": PRIORS | {"decide", "inner_solver", "route"},
+    "trajectory": PRIORS | {"decide", "route", "sampler", "kernels"},  # kernels on CUDA only, inside a function
     "fit": PRIORS,
     "reference": PRIORS,
     "distance": PRIORS,

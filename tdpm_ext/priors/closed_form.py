@@ -56,6 +56,10 @@ class ClosedFormPrior(ImplicitPrior):
         self.tensors = _validated(tensors, math.prod(self.shape))
         if not self.residual >= 0 or not math.isfinite(self.residual):
             raise ValueError(f"residual variance {residual} must be finite and not negative")
+        # looked at once, here: on a GPU every look would wait for it, and none is allowed inside a CUDA graph
+        self._labelled = bool((self.tensors["classes"] >= 0).all())
+        q = self.tensors["means"].shape[1]
+        self._scale = 2 * math.sqrt((float(self.tensors["variances"][:q].max()) if q else 0.0) + 1e-12)
         self._moved: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     @property
@@ -101,13 +105,13 @@ class ClosedFormPrior(ImplicitPrior):
             out[:, :q] = self._mixture_denoise(t, c[:, :q], sigma, allowed)
         return out, None if outside is None else outside * (self.residual / (self.residual + sigma**2))
 
-    def _move(self, t, c, outside, a: float, b: float, allowed):
+    def _move(self, t, c, outside, a: float, b: float, allowed, branch: str | None = None):
         """Coordinates of x at noise level a -> those of the same path's point at b."""
         v = t["variances"]
         out = c * ((v + b * b) / (v + a * a)).sqrt()
         if self.components:
             q = t["means"].shape[1]
-            out[:, :q] = self._mixture_transport(t, c[:, :q], a, b, allowed)
+            out[:, :q] = self._mixture_transport(t, c[:, :q], a, b, allowed, branch)
         ratio = math.sqrt((self.residual + b * b) / (self.residual + a * a))
         return out, None if outside is None else outside * ratio
 
@@ -131,29 +135,50 @@ class ClosedFormPrior(ImplicitPrior):
 
     @torch.no_grad()
     def start(
-        self, z: torch.Tensor, sigma: float, history: Sequence[float] = (), class_cond: torch.Tensor | None = None, **_
+        self,
+        z: torch.Tensor,
+        sigma: float,
+        history: Sequence[float] = (),
+        class_cond: torch.Tensor | None = None,
+        branch: str | None = None,
+        **_,
     ) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
-        """As in `ImplicitPrior.start`, without leaving the coordinates between the levels."""
+        """As in `ImplicitPrior.start`, without leaving the coordinates between the levels.
+
+        Args:
+            branch: what `branch` says of these conditions; given, nothing waits for the device.
+        """
         t, at, seen = self.on(z.device), self.sigma_max, []
         place = self._split(z * self.sigma_max)
         allowed = self._allowed(t, class_cond, len(z))
         for level in sorted(map(_level, history), reverse=True):
-            place, at = self._move(t, *place, at, level, allowed), level
+            place, at = self._move(t, *place, at, level, allowed, branch), level
             seen.insert(0, (level, self._join(*self._shrink(t, *place, level, allowed), z)))
-        return self._join(*self._move(t, *place, at, _level(sigma), allowed), z), seen
+        return self._join(*self._move(t, *place, at, _level(sigma), allowed, branch), z), seen
+
+    def branch(self, batch: int, class_cond: torch.Tensor | None = None, **_) -> str:
+        """How the rows of a draw move: by their only component's "exact" flow, by the mixture's "flow", or "mixed".
+
+        Reads the labels, which waits for a GPU.
+        """
+        label = None if class_cond is None else torch.as_tensor(class_cond).cpu()
+        allowed = self._allowed(self.tensors, label, batch)
+        if allowed is None:
+            return "exact" if self.components == 1 else "flow"
+        alone = allowed.sum(1) == 1
+        return "exact" if bool(alone.all()) else "mixed" if bool(alone.any()) else "flow"
 
     # -- the mixture ---------------------------------------------------------------------------------------------
 
     def _allowed(self, t: dict, class_cond: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """bool [B, K]: components each row may use; None when all may (no condition, or no class in this prior)."""
-        if class_cond is None or bool((t["classes"] < 0).any()):
+        if class_cond is None or not self._labelled:
             return None
         label = torch.as_tensor(class_cond, device=t["classes"].device).reshape(-1)
         if len(label) not in (1, batch):
             raise ValueError(f"class_cond holds {len(label)} labels for {batch} pictures: give one per picture")
-        label = label.expand(batch)
-        known = torch.isin(label, t["classes"])
-        return (t["classes"][None] == label[:, None]) | ~known[:, None]
+        own = t["classes"][None] == label.expand(batch)[:, None]
+        return own | ~own.any(1, keepdim=True)
 
     def _mixture_denoise(self, t, c, sigma, allowed) -> torch.Tensor:
         """c [B, q] -> E[c_0 | c] [B, q] under the mixture."""
@@ -169,23 +194,30 @@ class ClosedFormPrior(ImplicitPrior):
         turned = kept.transpose(0, 1).reshape(len(c), -1) @ t["rotations"].mT.reshape(-1, c.shape[1])
         return torch.addmm(turned, share, t["means"])
 
-    def _mixture_transport(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
+    def _mixture_transport(self, t, c, a: float, b: float, allowed, branch: str | None = None) -> torch.Tensor:
         """Rows with one candidate component move exactly, the others by `_flow`: each row alone decides which."""
-        if allowed is None:
-            alone = torch.full([len(c)], self.components == 1, device=c.device)
-            k = torch.zeros(len(c), dtype=torch.long, device=c.device)
-        else:
-            alone, k = allowed.sum(1) == 1, allowed.int().argmax(1)
+        if allowed is None and branch is None:
+            branch = "exact" if self.components == 1 else "flow"
+        if branch == "flow":
+            return self._flow(t, c, a, b, allowed)
+        k = c.new_zeros(len(c), dtype=torch.long) if allowed is None else allowed.int().argmax(1)
+        if branch == "exact":
+            return self._exact(t, c, a, b, k)
+        alone = allowed.sum(1) == 1
         exact, rest = alone.nonzero()[:, 0], (~alone).nonzero()[:, 0]
         out = torch.empty_like(c)
         if len(exact):
-            k = k[exact]
-            mean, turn, spread = t["means"][k], t["rotations"][k], t["spreads"][k]
-            y = torch.einsum("bq,bqr->br", c[exact] - mean, turn) * ((spread + b * b) / (spread + a * a)).sqrt()
-            out[exact] = torch.einsum("br,bqr->bq", y, turn) + mean
+            out[exact] = self._exact(t, c[exact], a, b, k[exact])
         if len(rest):
-            out[rest] = self._flow(t, c[rest], a, b, None if allowed is None else allowed[rest])
+            out[rest] = self._flow(t, c[rest], a, b, allowed[rest])
         return out
+
+    @staticmethod
+    def _exact(t, c, a: float, b: float, k: torch.Tensor) -> torch.Tensor:
+        """Each row by the flow of one component, that of index k [B]."""
+        mean, turn, spread = t["means"][k], t["rotations"][k], t["spreads"][k]
+        y = torch.einsum("bq,bqr->br", c - mean, turn) * ((spread + b * b) / (spread + a * a)).sqrt()
+        return torch.einsum("br,bqr->bq", y, turn) + mean
 
     def _flow(self, t, c, a: float, b: float, allowed) -> torch.Tensor:
         """Heun's method on w = (c - m) / sqrt(v + sigma^2), constant under the Gaussian of the same moments.
@@ -199,7 +231,7 @@ class ClosedFormPrior(ImplicitPrior):
             y = w * root
             return (m + y * (v / (v + sigma**2)) - self._mixture_denoise(t, m + y, sigma, allowed)) / root
 
-        levels = flow_grid(a, b, 2 * math.sqrt(float(t["variances"][: c.shape[1]].max()) + 1e-12))
+        levels = flow_grid(a, b, self._scale)
         w = (c - m) / (v + a * a).sqrt()
         for here, there in zip(levels, levels[1:], strict=False):
             h = math.log(there / here)
