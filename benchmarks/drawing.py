@@ -91,6 +91,7 @@ class Drawer:
 
     def __post_init__(self):
         self._classes = class_sequence(self.labels, self.num_classes, PERIOD) if self.num_classes else None
+        self._noise: tuple = ([], None)
 
     def classes(self, seeds: Iterable[int]) -> torch.Tensor | None:
         """The class of each seed [N], or None."""
@@ -103,6 +104,12 @@ class Drawer:
             args["class_cond"] = own.to(self.device)
         return args | ({"cond_scale": request.cond_scale} if request.cond_scale != 1 else {})
 
+    def noise(self, seeds: list[int]) -> torch.Tensor:
+        """Unit noise of the seeds on the device; the last is kept, because a search asks for it again and again."""
+        if self._noise[0] != seeds:
+            self._noise = seeds, noise_for(seeds, self.shape).to(self.device)
+        return self._noise[1]
+
     @torch.no_grad()
     def draw(self, request: Request, seeds: Iterable[int], batch: int | None = None) -> RivalRun:
         """Finished pictures [N, C, H, W] on the CPU, and the evaluations counted; ``batch`` at a time (default all).
@@ -111,7 +118,7 @@ class Drawer:
         """
         seeds = [int(s) for s in seeds]
         counted, args, batch = CountCalls(self.model), self.arguments(request, seeds), batch or len(seeds)
-        z = noise_for(seeds, self.shape).to(self.device)
+        z = self.noise(seeds)
         if request.sampler == TDPM:
             if self.prior is None:
                 raise ValueError("the sampler tdpm needs a prior: give one")

@@ -17,8 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,102 +29,25 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(R
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import diffusers_rivals, figures, frontier, judging, metrics, records, timing  # noqa: E402
-from benchmarks.chunks import Store, chunks_of, gather  # noqa: E402
+from benchmarks.contest import JUDGED_SEED, SEARCH_SEED, Contest, Graphed, kept_as  # noqa: E402
 from benchmarks.drawing import TDPM, Drawer, Request  # noqa: E402
 from benchmarks.samplers import SAMPLERS  # noqa: E402
-from benchmarks.search import Search, gits_for  # noqa: E402
+from benchmarks.search import Search  # noqa: E402
 from tdpm_ext.grid import picture_grid, save_png  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_uint8, to_unit  # noqa: E402
 
 SCHEMA = "tdpm-frontier/1"
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20)
 PRIORS = ("mixture", "gaussian", "lowrank")
-JUDGED_SEED, SEARCH_SEED = 1_000_000, 2_000_000  # calibration draws from small seeds
 TIMED = 16  # pictures per timed call
 COLUMNS = 12  # seeds in the grid of pictures
 
 
-@dataclass
-class Bench:
-    """What one run compares."""
-
-    name: str
-    judge: judging.Judge
-    drawer: Drawer
-    fingerprint: str
-    args: argparse.Namespace
-    work: Path
-
-    @property
-    def seeds(self) -> range:
-        return range(JUDGED_SEED, JUDGED_SEED + self.args.blocks * self.args.samples)
-
-    @cached_property
-    def priors(self) -> dict:
-        """Kind -> fitted and calibrated prior; kept, and read again from the file."""
-        out = {}
-        for kind in self.args.priors:
-            path = self.work / f"prior-{kind}.safetensors"
-            shipped = ROOT / "assets" / self.name / "prior.safetensors"
-            if not path.exists() and kind == "mixture" and shipped.exists() and not self.args.ideal:
-                path = shipped
-            if not path.exists():
-                self._fit(kind, path)
-            out[kind] = tdpm.load_prior(path)
-        return out
-
-    def _fit(self, kind: str, path: Path) -> None:
-        print(f"{self.name}: fitting and calibrating the {kind} prior", flush=True)
-        prior = tdpm.fit_prior(kind, self.judge.fit, checkpoint=self.fingerprint)
-        for objective in ("fidelity", "quality"):
-            samples = self.args.calibration_samples and self.args.calibration_samples[objective == "quality"]
-            tdpm.calibrate(
-                prior, self.drawer.model, [b for b in self.args.budgets if b <= 8], objective=objective,
-                data=self.judge.fit, samples=samples, num_classes=self.drawer.num_classes, batch=self.args.batch,
-            )  # fmt: skip
-        tdpm.save_prior(prior, path)
-
-    def pictures(self, request: Request, name: str, prior=None) -> tuple[torch.Tensor, int]:
-        """Pictures [N, C, H, W] of all judged seeds, drawn once and kept; and evaluations per picture."""
-        identity = {"checkpoint": self.fingerprint, "request": request.to_json()}
-        store, parts = Store(self.work / name, identity), chunks_of(self.seeds, self.args.batch)
-        drawer, start = replace(self.drawer, prior=prior), time.time()
-        for part in parts:
-            if store.read(part) is None:
-                x, nfe = drawer.draw(request, part)
-                store.write(part, {"x": x, "nfe": torch.tensor(nfe)})
-        if time.time() - start > 5:
-            print(f"{self.name}: {name} took {time.time() - start:.0f} s", flush=True)
-        return gather(store, parts, "x"), max(int(store.read(part)["nfe"]) for part in parts)
-
-    def point(self, arm: str, family: str, target: str | None, request: Request, reference, prior=None) -> dict:
-        """One measured point of the record."""
-        x, nfe = self.pictures(request, kept_as(arm), prior)
-        rows = self.judge.over_blocks(self.judge.features(x), self.args.blocks)
-        paired = self.judge.paired(x, x if reference is None else reference)
-        return {
-            "arm": arm, "family": family, "target": target, "nfe": nfe, "request": request.to_json(),
-            "measures": {k: records.estimate(v) for k, v in rows.items()}, "paired": paired._asdict(),
-            "ms_per_picture": None,
-        }  # fmt: skip
-
-
-def kept_as(arm: str) -> str:
-    """The folder of an arm's pictures."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in arm)
-
-
-def search_rivals(bench: Bench) -> tuple[list[dict], Search]:
+def search_rivals(bench: Contest) -> tuple[list[dict], Search]:
     """Rows of the best settings per sampler, budget and target."""
     few, more = bench.args.search_samples
     seeds = range(SEARCH_SEED, SEARCH_SEED + more)
-    long = Request.rival("dpmpp_2m", 60)
-    store = Store(bench.work / f"search-reference-{more}", {"checkpoint": bench.fingerprint, "request": long.to_json()})
-    parts = chunks_of(seeds, bench.args.batch)
-    for part in parts:
-        if store.read(part) is None:
-            store.write(part, {"x": bench.drawer.draw(long, part).x})
-    reference = gather(store, parts, "x")
+    reference = bench.pictures(Request.rival("dpmpp_2m", 60), f"search-reference-{more}", seeds)[0]
 
     def score(x: torch.Tensor) -> dict[str, float]:
         return {"fd": bench.judge.fd(x), "rmse": metrics.paired_rmse(x, reference[: len(x)])}
@@ -134,7 +56,7 @@ def search_rivals(bench: Bench) -> tuple[list[dict], Search]:
     path = bench.work / f"search-{bench.judge.name}.jsonl"
     search = Search(bench.drawer, score, seeds, few, more, path, bench.args.batch)
     steps = {SAMPLERS[n].steps_within(b) for n in names for b in bench.args.budgets} - {0}
-    return search.run(names, bench.args.budgets, gits_for(bench.drawer, seeds[:24], steps)), search
+    return search.run(names, bench.args.budgets, bench.levels(seeds[:24], steps)), search
 
 
 def finalists(rows: list[dict], count: int) -> list[dict]:
@@ -147,25 +69,25 @@ def finalists(rows: list[dict], count: int) -> list[dict]:
     return out
 
 
-def measure_points(bench: Bench, rows: list[dict], reference: torch.Tensor) -> list[dict]:
+def measure_points(bench: Contest, rows: list[dict]) -> list[dict]:
     """tdpm with every prior and both objectives, then the finalists among the rivals, then straw men if wanted."""
     points = []
-    for kind, prior in bench.priors.items():
+    for kind in bench.args.priors:
         for budget in bench.args.budgets:
             for objective in ("quality", "fidelity") if kind == bench.args.priors[0] else ("quality",):
                 request = Request(TDPM, budget, objective, kind)
                 arm = f"tdpm {kind} {objective} {budget}"
-                points.append(bench.point(arm, "tdpm", objective, request, reference, prior))
+                points.append(bench.point(arm, "tdpm", objective, request))
     for row in finalists(rows, bench.args.finalists):
         request, family = Request.from_json(row["request"]), SAMPLERS[row["sampler"]].library
         arm = f"{row['sampler']} {row['budget']} for {row['target']}"
-        points.append(bench.point(arm, family, row["target"], request, reference))
+        points.append(bench.point(arm, family, row["target"], request))
     for name in diffusers_rivals.STRAW_MEN if bench.args.straw_men else ():
-        points.append(bench.point(name, "straw man", None, Request.rival(name, 1), reference))
+        points.append(bench.point(name, "straw man", None, Request.rival(name, 1)))
     return points
 
 
-def same_seed_grid(bench: Bench, points: list[dict]):
+def same_seed_grid(bench: Contest, points: list[dict]):
     """A sheet of the first judged seeds: data of the same classes, the long run, the best arms of either side."""
     seeds, real = bench.seeds[:COLUMNS], bench.judge.real
     classes = bench.drawer.classes(seeds)
@@ -174,7 +96,7 @@ def same_seed_grid(bench: Bench, points: list[dict]):
         own = {int(c): iter(torch.nonzero(real.labels == c).flatten().tolist()) for c in classes.unique()}
         shown = [next(own[int(c)]) for c in classes]
     rows = [("data", real.images[shown])]
-    rows.append(("60 evaluations", to_uint8(bench.pictures(Request.rival("dpmpp_2m", 60), "own-60")[0][:COLUMNS])))
+    rows.append(("60 evaluations", to_uint8(bench.own[:COLUMNS])))
     for budget in (b for b in (3, 4, 6, 8) if b in bench.args.budgets):
         for side in ((frontier.OURS,), frontier.RIVALS):
             point = frontier.best_within([p for p in points if p["family"] in side and p["nfe"] == budget], budget)
@@ -185,10 +107,10 @@ def same_seed_grid(bench: Bench, points: list[dict]):
     return picture_grid([list(pictures) for _, pictures in rows], [label for label, _ in rows])
 
 
-def second_opinion(bench: Bench, rows: list[dict], points: list[dict], features: str) -> dict:
+def second_opinion(bench: Contest, rows: list[dict], points: list[dict], features: str) -> dict:
     """The points of the verdict under another feature network; adds ``second`` to each row, returns name and floor."""
     net, name = judging.load_net(features)
-    judge, known = replace(bench.judge, net=net, name=name), {}
+    judge, known = replace(bench.judge, net=net.to(bench.drawer.device), name=name), {}
 
     def fd(arm: str) -> metrics.Estimate:
         if arm not in known:
@@ -204,25 +126,33 @@ def second_opinion(bench: Bench, rows: list[dict], points: list[dict], features:
     return {"judge": name, "floor": records.estimate(judge.floor(bench.args.samples))}
 
 
-def time_points(bench: Bench, points: Iterable[dict], rounds: int) -> None:
+def time_points(bench: Contest, points: Iterable[dict], rounds: int) -> None:
     """Milliseconds per picture of every point, taking turns; medians."""
     seeds, calls = range(TIMED), {}
     for point in points:
         request = Request.from_json(point["request"])
-        drawer = replace(bench.drawer, prior=bench.priors.get(request.prior))
+        drawer = bench.drawer_for(request)
         calls[point["arm"]] = lambda d=drawer, r=request: d.draw(r, seeds)
     times = timing.interleave(calls, timing.Clock(bench.drawer.device), rounds, 1, "milliseconds")
     for point in points:
         point["ms_per_picture"] = timing.summary(times[point["arm"]])["p50_ms"] / TIMED
 
 
-def run(bench: Bench) -> dict:
+def prepare(bench: Contest, until: str) -> None:
+    """The part of ``run`` that is kept in the work folder: for one of several processes, or for later."""
+    if until == "priors":
+        print(f"{bench.name}: priors in {', '.join(map(records.shown, bench.prior_files.values()))}")
+        return
+    points = measure_points(bench, search_rivals(bench)[0])
+    print(f"{bench.name}: {len(points)} points at {bench.args.budgets} in {records.shown(bench.work)}")
+
+
+def run(bench: Contest) -> dict:
     """Search, draw, judge, time, decide."""
     start = time.time()
     rows, search = search_rivals(bench)
-    own = bench.pictures(Request.rival("dpmpp_2m", 60), "own-60")[0]
-    reference = bench.point("own-60", "reference", None, Request.rival("dpmpp_2m", 60), None)
-    points = measure_points(bench, rows, own)
+    reference = bench.point("own-60", "reference", None, Request.rival("dpmpp_2m", 60))
+    points = measure_points(bench, rows)
     if bench.args.rounds:
         time_points(bench, [p for p in points if p["family"] != "straw man"], bench.args.rounds)
     verdict = frontier.verdict(points, bench.args.budgets)
@@ -244,23 +174,25 @@ def run(bench: Bench) -> dict:
     }  # fmt: skip
 
 
-def build(args: argparse.Namespace) -> Bench:
-    assets = ROOT / "assets" / args.name
+def build(args: argparse.Namespace) -> Contest:
+    assets, device = ROOT / "assets" / args.name, torch.device(args.device)
     if args.data:
         net, name = judging.load_net(args.features or "efflite")
         judge = judging.Judge(net, name, load_pictures(args.judge), load_pictures(args.data))
     else:
         judge = judging.Judge.for_set(args.name, args.features)
     if args.ideal:
-        model, classes, fingerprint = tdpm.IdealDenoiser(to_unit(judge.fit.images)), 0, "ideal"
+        model, classes, fingerprint = tdpm.IdealDenoiser(to_unit(judge.fit.images)).to(device), 0, "ideal"
     else:
         opened = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors", args.device)
         model, classes, fingerprint = opened.model, opened.num_classes, opened.fingerprint
     labels = judge.real.labels if classes else None
-    drawer = Drawer(model, tuple(judge.real.images.shape[1:]), classes, labels, None, torch.device(args.device))
+    judge.net.to(device)
+    model = Graphed(model.requires_grad_(False)) if device.type == "cuda" else model
+    drawer = Drawer(model, tuple(judge.real.images.shape[1:]), classes, labels, None, device)
     work = args.work or ROOT / "out" / "pareto" / args.slug
     work.mkdir(parents=True, exist_ok=True)
-    return Bench(args.name, judge, drawer, fingerprint, args, work)
+    return Contest(args.name, judge, drawer, fingerprint, args, work)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -287,6 +219,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu")
     add("--work", type=Path, help="where finished pieces are kept (default out/pareto/NAME)")
     add("--out", type=Path, help="the record (default benchmarks/results/frontier-NAME.json)")
+    add(
+        "--until",
+        choices=("priors", "points"),
+        help="stop when these are in WORK (points: of --budgets); several "
+        "processes with a budget each can share WORK, and the run without --until finds all that they did",
+    )
     add("--figures", action="store_true", help="only draw the figures of the record again")
     args = p.parse_args(argv)
     args.given = argv
@@ -300,6 +238,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
+        if args.until:
+            prepare(build(args), args.until)
+            return 0
         record = records.read(args.out) if args.figures else run(build(args))
         if not args.figures:
             records.write(record, args.out)

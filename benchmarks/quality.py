@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -70,10 +68,12 @@ class Bench:
 
     def extra(self, count: int) -> dict:
         """Classes in the proportions of the judging pictures: in turn where those are equal."""
-        return {"class_cond": class_sequence(self.labels, self.num_classes, count)} if self.num_classes else {}
+        if not self.num_classes:
+            return {}
+        return {"class_cond": class_sequence(self.labels, self.num_classes, count).to(self.args.device)}
 
     def noise(self, count: int, first: int = 1_000_000) -> torch.Tensor:
-        return rivals.noise_for(range(first, first + count), self.shape)
+        return rivals.noise_for(range(first, first + count), self.shape).to(self.args.device)
 
     def kept(self, name: str, make) -> torch.Tensor:
         """The pictures of arm ``name``, made once and kept."""
@@ -81,7 +81,7 @@ class Bench:
         if path.exists():
             return load_file(path)["x"]
         start = time.time()
-        x = make()
+        x = make().cpu()
         temporary = path.with_suffix(".tmp")
         save_file({"x": x.contiguous()}, temporary)
         temporary.replace(path)
@@ -98,7 +98,7 @@ def tune_rivals(bench: Bench, reference: torch.Tensor) -> dict:
     z = bench.noise(more)
 
     def score(x):
-        scores = {"rmse": metrics.paired_rmse(x, reference[: len(x)])}
+        scores = {"rmse": metrics.paired_rmse(x.cpu(), reference[: len(x)])}
         return {**scores, "fd": bench.fd(x)}
 
     first = rivals.tune(
@@ -175,7 +175,7 @@ def arms(bench: Bench, tuning: dict, prior, reference: torch.Tensor) -> list[dic
                 seeds = list(range(1_000_000, 1_000_000 + count))
                 return tdpm.sample(
                     bench.model, prior, steps=budget, seed=seeds, extra_args=extra, objective=objective,
-                    batch=bench.args.batch, disable=True,
+                    batch=bench.args.batch, device=bench.args.device, disable=True,
                 )  # fmt: skip
 
             x = bench.kept(f"tdpm-{objective}-{budget}", ours)
@@ -246,23 +246,12 @@ def run(bench: Bench) -> dict:
         "tuning": {"settings_tried": tuning["tried"], "samples": tuning["samples"]},
         "prior": {"kind": prior.kind, **prior.card},
         "command": f"python benchmarks/quality.py {shlex.join(bench.args.given)}",
-        "environment": environment(),
+        "environment": records.environment(bench.args.device),
         "seconds": round(time.time() - start),
     }
     if not bench.ideal and 4 in bench.args.budgets:
         result["copying"] = copying(bench, prior)
     return result
-
-
-def environment() -> dict:
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": "CPU",
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 def show(result: dict) -> str:
@@ -310,6 +299,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--calibration-samples", type=int, nargs=2, metavar=("FIDELITY", "QUALITY"))
     p.add_argument("--leaders", type=int, default=4, help="settings that go on to the second tuning round")
     p.add_argument("--batch", type=int, default=100)
+    p.add_argument("--device", default="cpu")
     p.add_argument("--work", type=Path, help="folder for finished arms (default out/quality/NAME)")
     p.add_argument("--out", type=Path, help="JSON (default benchmarks/results/quality-NAME.json)")
     args = p.parse_args(argv)
@@ -332,10 +322,11 @@ def build(args: argparse.Namespace) -> Bench:
     work.mkdir(parents=True, exist_ok=True)
     args.out = args.out or ROOT / "benchmarks" / "results" / f"quality-{args.name}-{kind}.json"
     if args.ideal:
-        model, classes, fingerprint = tdpm.IdealDenoiser(to_unit(fit.images)), 0, None
+        model, classes, fingerprint = tdpm.IdealDenoiser(to_unit(fit.images)).to(args.device), 0, None
     else:
-        checkpoint = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors")
+        checkpoint = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors", args.device)
         model, classes, fingerprint = checkpoint.model, checkpoint.num_classes, checkpoint.fingerprint
+    net.to(args.device)
     return Bench(args.name, model, args.ideal, classes, fit, judge, net, work, args, fingerprint, real.labels)
 
 

@@ -76,7 +76,7 @@ def _k_diffusion(name: str, model, sigmas, z, extra_args, batch, options, seeds)
         own = [0x5EED + int(s) for s in args.pop(SEEDS)]
         x, given = part * levels[0], dict(options)
         if name in _BROWNIAN:  # one Brownian path per picture, so that a picture does not depend on its batch
-            given["noise_sampler"] = sampling.BrownianTreeNoiseSampler(x, levels[levels > 0].min(), levels[0], seed=own)
+            given["noise_sampler"] = _brownian(x, sigmas, own)
         elif name in _WHITE:
             generators = [torch.Generator().manual_seed(s) for s in own]
             given["noise_sampler"] = lambda _sigma, _next: torch.stack(
@@ -89,6 +89,15 @@ def _k_diffusion(name: str, model, sigmas, z, extra_args, batch, options, seeds)
 
     x = in_batches(run, z, {**extra_args, SEEDS: torch.tensor(seeds)}, batch)
     return RivalRun(x, most)
+
+
+def _brownian(x: torch.Tensor, sigmas: torch.Tensor, seeds: list[int]) -> Callable:
+    """k-diffusion's Brownian noise, drawn on the CPU: a seed gives the same noise on every device."""
+    levels = sigmas.float()
+    tree = import_k_diffusion().sampling.BrownianTreeNoiseSampler(
+        x.cpu(), levels[levels > 0].min(), levels[0], seed=seeds
+    )
+    return lambda sigma, following: tree(sigma.cpu(), following.cpu()).to(x)
 
 
 def _diffusers(name: str, model, sigmas, z, extra_args, batch, options, seeds) -> RivalRun:
@@ -178,7 +187,7 @@ def gits(model, z, sigma_max: float, steps, extra_args=None, sigma_min: float = 
     points = torch.stack([a for a, _ in seen] + [x.double()]).flatten(1)
     costs = torch.full((fine + 1, fine + 1), math.inf, dtype=torch.float64)
     for i, (at, denoised) in enumerate(seen):
-        ratio = (levels[i + 1 :] / levels[i])[:, None]
+        ratio = (levels[i + 1 :] / levels[i])[:, None].to(at.device)
         jumped = denoised.flatten() + ratio * (at - denoised).flatten()
         costs[i, i + 1 :] = (jumped - points[i + 1 :]).square().mean(1).sqrt().cpu()
     return {n: levels[_cheapest(costs, n)] for n in steps}

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from benchmarks import samplers
 from benchmarks.drawing import Drawer, Request
-from benchmarks.rivals import noise_for
 from benchmarks.samplers import SAMPLERS
 
 TARGETS = ("fd", "rmse")
@@ -147,7 +146,7 @@ def unique(leaders: list[tuple[Request, dict]]) -> list[Request]:
 def gits_for(drawer: Drawer, seeds: Iterable[int], steps: Iterable[int], sigma_maxes=samplers.SIGMA_MAXES) -> dict:
     """Levels chosen on this denoiser's own trajectories: {(sigma_max, steps): sigmas}."""
     seeds, steps = list(seeds), sorted(set(steps))
-    z = noise_for(seeds, drawer.shape).to(drawer.device)
+    z = drawer.noise(seeds)
     args = drawer.arguments(Request("euler", 1), seeds)
     with torch.no_grad():
         found = {m: samplers.gits(drawer.model, z, m, steps, args) for m in sigma_maxes}
