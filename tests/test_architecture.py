@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grid": set(),
     "optional": set(),
     "ideal": set(),
+    "vae": set(),
     "kernels": set(),
     "schedule": set(),
     "solver": {"schedule", "kernels"},  # kernels on CUDA only, inside a function

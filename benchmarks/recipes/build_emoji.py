@@ -76,11 +76,13 @@ STYLES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """One rendered icon: where it goes (``<class>/<style>-<slug>``), what it shows, its RGB values [32, 32, 3]."""
+    """One rendered icon: where it goes (``<class>/<style>-<slug>``), what it shows, its RGB values [size, size, 3]."""
 
     name: str
     concept: str
     pixels: np.ndarray
+    style: str
+    codes: str
 
 
 def fetched(style: Style, cache: Path) -> dict[str, dict]:
@@ -106,7 +108,7 @@ def has(archive: tarfile.TarFile, name: str) -> bool:
     return f"package/{name}.json" in archive.getnames()
 
 
-def svg_of(icon: dict, icons: dict) -> str:
+def svg_of(icon: dict, icons: dict, size: int = SIZE) -> str:
     """The icon as SVG in a square view: its own box, centred."""
     box = {
         k: icon.get(k, icons.get(k, default)) for k, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
@@ -116,31 +118,33 @@ def svg_of(icon: dict, icons: dict) -> str:
     view = f"{left:g} {top:g} {side:g} {side:g}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{SIZE}" height="{SIZE}" viewBox="{view}">{icon["body"]}</svg>'
+        f'width="{size}" height="{size}" viewBox="{view}">{icon["body"]}</svg>'
     )
 
 
-def render(svg: str) -> np.ndarray:
-    """SVG -> uint8 [32, 32, 3] on white."""
+def render(svg: str, size: int = SIZE) -> np.ndarray:
+    """SVG -> uint8 [size, size, 3] on white."""
     import resvg_py
     from PIL import Image
 
     raw = bytes(
-        resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
+        resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     )
     return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
 
 
-def rendered(style: Style, wanted: dict[str, dict], icons: dict, cache: Path) -> dict[str, np.ndarray]:
+def rendered(
+    style: Style, wanted: dict[str, dict], icons: dict, cache: Path, size: int = SIZE
+) -> dict[str, np.ndarray]:
     """Slug -> pixels of the wanted icons; the whole set is kept in the cache under a key of all that went in."""
     import resvg_py
 
     slugs = sorted(wanted)
-    svgs = [svg_of(wanted[slug], icons) for slug in slugs]
-    key = hashlib.sha256("\n".join([resvg_py.__version__, str(SIZE), *svgs]).encode()).hexdigest()[:16]
+    svgs = [svg_of(wanted[slug], icons, size) for slug in slugs]
+    key = hashlib.sha256("\n".join([resvg_py.__version__, str(size), *svgs]).encode()).hexdigest()[:16]
     path = cache / f"{style.name}-{key}.npy"
     if not path.exists():
-        pixels = np.stack([render(svg) for svg in tqdm(svgs, desc=f"render {style.name}", unit="icon")])
+        pixels = np.stack([render(svg, size) for svg in tqdm(svgs, desc=f"render {style.name}", unit="icon")])
         buffer = io.BytesIO()
         np.save(buffer, pixels)
         write_atomically(path, buffer.getvalue())
@@ -153,12 +157,12 @@ def concept_of(codes: str) -> str:
     return "-".join(kept)
 
 
-def collect(cache: Path) -> tuple[list[Picture], Counter]:
+def collect(cache: Path, styles: tuple[Style, ...] = STYLES, size: int = SIZE) -> tuple[list[Picture], Counter]:
     """All pictures in a fixed order, and how many were left out for which reason."""
     codes_of: dict[str, str] = {}  # slug -> code points
     class_of: dict[str, str] = {}  # concept -> class, from the first set that says so
     pictures, seen, left_out = [], set(), Counter()
-    for style in STYLES:
+    for style in styles:
         files = fetched(style, cache)
         own = {slug: codes for codes, slug in sorted(files.get("chars", {}).items(), reverse=True)}
         for slug, codes in own.items():
@@ -180,7 +184,7 @@ def collect(cache: Path) -> tuple[list[Picture], Counter]:
             for slug in slugs:
                 if slug in known and group in CLASSES:
                     class_of.setdefault(concept_of(known[slug]), CLASSES[group])
-        for slug, pixels in rendered(style, wanted, files["icons"], cache).items():
+        for slug, pixels in rendered(style, wanted, files["icons"], cache, size).items():
             concept = concept_of(known[slug])
             reason = "no class" if concept not in class_of else "duplicate" if pixels.tobytes() in seen else None
             if reason is None and pixels.min() == 255:
@@ -189,7 +193,8 @@ def collect(cache: Path) -> tuple[list[Picture], Counter]:
                 left_out[reason] += 1
                 continue
             seen.add(pixels.tobytes())
-            pictures.append(Picture(f"{class_of[concept]}/{style.name}-{slug}", concept, pixels))
+            name = f"{class_of[concept]}/{style.name}-{slug}"
+            pictures.append(Picture(name, concept, pixels, style.name, known[slug]))
     return pictures, left_out
 
 
