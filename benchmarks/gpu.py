@@ -4,7 +4,8 @@
    may be skipped where there is none);
 2. the same small calls under compute-sanitizer's memcheck and racecheck, where it is installed;
 3. each operation against torch's own (gpu_operations.py), whole trajectories against eager, channels_last and
-   torch.compile (gpu_trajectories.py): no times for what is wrong, no speed-up for what does not agree.
+   torch.compile (gpu_trajectories.py), the shipped checkpoint from noise to pictures (gpu_sampling.py): no times for
+   what is wrong, no speed-up for what does not agree.
 
 Writes benchmarks/results/gpu.json and gpu.png. Lock the clocks first if you can (nvidia-smi -lgc); what they were is
 in the report either way.
@@ -30,7 +31,7 @@ ROOT = HERE.parent
 # without this folder, in which files have the names of packages that diffusers looks for
 sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != HERE), str(ROOT)]
 
-from benchmarks import gpu_operations, gpu_trajectories, kernel_figure, records  # noqa: E402
+from benchmarks import gpu_operations, gpu_sampling, gpu_trajectories, kernel_figure, records  # noqa: E402
 from benchmarks.networks import NETWORKS  # noqa: E402
 
 SCHEMA = "tdpm-gpu/1"
@@ -146,6 +147,7 @@ def measure(args: argparse.Namespace, argv: list[str] | None) -> dict:
         "sanitizer": sanitize() if "sanitizer" in args.parts else [],
         "operations": {"rates": {}, "rows": []},
         "trajectories": [],
+        "sampling": [],
     }
     if not done["failed"] and "times" in args.parts:
         record["operations"] = gpu_operations.measure(device, torch.float16, runs=args.runs)
@@ -153,6 +155,7 @@ def measure(args: argparse.Namespace, argv: list[str] | None) -> dict:
             if name in args.networks:
                 rounds = args.runs if name != "sd15" else max(5, args.runs // 4)
                 record["trajectories"] += gpu_trajectories.measure(name, batch, device, torch.float16, rounds=rounds)
+        record["sampling"] = gpu_sampling.measure(device, rounds=max(5, args.runs // 4))
     record["backends"] = dict(backends())
     record["seconds"] = time.monotonic() - begin
     return record
@@ -184,6 +187,8 @@ def print_report(record: dict) -> None:
         times = "".join(f"{row[key]:9.2f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
         gain = f"{row['speedup']:.2f}" if row["agrees"] else "disagrees"
         print(f"{row['network']:16}{row['arm']:16}{row['batch']:6}{times}{row['first_ms']:10.0f}{gain:>10}")
+    if record["sampling"]:
+        print("\n".join(gpu_sampling.lines(record["sampling"])))
 
 
 def passed(record: dict) -> bool:
@@ -191,7 +196,8 @@ def passed(record: dict) -> bool:
     right = record["tests"]["failed"] == record["tests"]["skipped"] == 0 < record["tests"]["passed"]
     clean = all(row["clean"] for row in record["sanitizer"])
     wrong = [row for row in record["operations"]["rows"] if (row["why_not"] or "").startswith("wrong")]
-    return right and clean and not wrong and all(row["agrees"] for row in record["trajectories"])
+    agree = all(row["agrees"] for row in record["trajectories"]) and all(row["runs"] for row in record["sampling"])
+    return right and clean and not wrong and agree
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ pytest.importorskip("k_diffusion", exc_type=ImportError)
 from benchmarks import (  # noqa: E402
     gpu,
     gpu_operations,
+    gpu_sampling,
     gpu_trajectories,
     inductor_schedule,
     kernel_figure,
@@ -259,8 +260,26 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
     assert (said.out, said.err) == ("", "make gpu: torch sees no CUDA GPU here, so nothing was run\n")
 
 
+@pytest.fixture(scope="module")
+def sampled():
+    return gpu_sampling.measure(CPU, rounds=1, batches=(1,))
+
+
+def test_samplers_and_ways_of_running_them_agree_and_are_timed(sampled):
+    assert len(sampled) == 9 and all(row["drift"] < 1e-4 and row["p50_ms"] > 0 for row in sampled)
+    rmse = {(row["sampler"], row["steps"]): row["rmse"] for row in sampled}
+    assert rmse["dpmpp_2m", 50] < rmse["tdpm", 4] < rmse["dpmpp_2m", 4]
+
+
+def test_a_way_that_gives_other_pictures_is_not_timed(monkeypatch):
+    calls = {("tdpm", 4, "eager"): lambda: torch.zeros(1, 2), ("tdpm", 4, "accelerate"): lambda: torch.ones(1, 2)}
+    right, wrong = gpu_sampling._rows(calls, torch.zeros(1, 2), CPU, 1, 1)
+    assert right["runs"] == 1 and wrong["runs"] is None
+    assert "not timed: rmse 1 " in gpu_sampling.lines([wrong])[1]
+
+
 @pytest.fixture
-def record(tiny):
+def record(tiny, sampled):
     """A record of the kind that a GPU run writes, with rows of this CPU; nothing keeps it."""
     return {
         "schema": gpu.SCHEMA,
@@ -274,6 +293,7 @@ def record(tiny):
         "sanitizer": [{"tool": "memcheck", "clean": True, "says": "ERROR SUMMARY: 0 errors"}],
         "operations": gpu_operations.measure(CPU, torch.float32, runs=3, small=True),
         "trajectories": gpu_trajectories.measure(tiny, 1, CPU, torch.float32, rounds=2, arms=("eager", "accelerate")),
+        "sampling": sampled,
         "backends": {},
         "seconds": 1.0,
     }  # fmt: skip
@@ -297,6 +317,7 @@ def test_a_gpu_record_follows_the_schema_and_is_drawn_and_printed(record, tmp_pa
         ("sanitizer", 0, "clean", False),
         ("operations", "rows", 0, "why_not", "wrong: error 1, allowed 0.1"),
         ("trajectories", 0, "agrees", False),
+        ("sampling", 1, "runs", None),
     ],
     ids=lambda change: ".".join(map(str, change[:-1])),
 )
