@@ -27,6 +27,7 @@ from benchmarks.search import gits_for
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATED = (1, 2, 3, 4, 5, 6, 8)  # evaluations that priors are calibrated for; others are interpolated
+WAIT = 1800  # seconds
 JUDGED_SEED, SEARCH_SEED = 1_000_000, 2_000_000  # calibration draws from small seeds
 
 
@@ -88,7 +89,7 @@ class Contest:
             if not path.exists() and kind == "mixture" and shipped.exists() and not self.args.ideal:
                 path = shipped
             if not path.exists():
-                self._fit(kind, path)
+                self._wait(path) if self.args.wait else self._fit(kind, path)
             out[kind] = path
         return out
 
@@ -99,6 +100,14 @@ class Contest:
     @cached_property
     def digests(self) -> dict[str, str]:
         return {kind: hashlib.sha256(path.read_bytes()).hexdigest() for kind, path in self.prior_files.items()}
+
+    def _wait(self, path: Path) -> None:
+        """For a prior that another process is about to finish."""
+        start = time.time()
+        while not path.exists():
+            if time.time() - start > WAIT:
+                raise FileNotFoundError(f"no {path} after {WAIT} s: start one process with --until priors")
+            time.sleep(1)
 
     def _fit(self, kind: str, path: Path) -> None:
         print(f"{self.name}: fitting and calibrating the {kind} prior", flush=True)

@@ -77,6 +77,21 @@ def verdict(points: list[dict], budgets) -> list[dict]:
     return rows
 
 
+FEW = range(3, 9)  # the budgets at which tdpm claims the frontier
+
+
+def standing(rows: list[dict]) -> str:
+    """One plain sentence on a verdict: is tdpm on the frontier at every few evaluations, and where is it not."""
+    asked = [row for row in rows if row["budget"] in FEW]
+    off = [str(row["budget"]) for row in asked if not row["on_frontier"]]
+    budgets = ", ".join(str(row["budget"]) for row in asked)
+    if not asked:
+        return "No budget from 3 to 8 was measured."
+    if off:
+        return f"tdpm is NOT on the frontier at {', '.join(off)} evaluations (of {budgets}): a rival is better there."
+    return f"tdpm is on the frontier, within one standard deviation, at {budgets} evaluations."
+
+
 def show(record: dict) -> str:
     """The verdict as text, one line per budget."""
     reference, floor = record["reference"]["measures"]["fd"], record["floor"]
@@ -92,4 +107,4 @@ def show(record: dict) -> str:
         saved = "never as good" if row["saved"] is None else f"{row['saved']:.2f}x"
         second = f"; by the second judge {row['second']['outcome']}" if row.get("second") else ""
         lines.append(f"{row['budget']:6d} | {sides[0]} | {sides[1]} | {row['outcome']:7} | {saved}{second}")
-    return "\n".join(lines)
+    return "\n".join([*lines, standing(record["verdict"])])

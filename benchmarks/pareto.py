@@ -70,18 +70,18 @@ def finalists(rows: list[dict], count: int) -> list[dict]:
 
 
 def measure_points(bench: Contest, rows: list[dict]) -> list[dict]:
-    """tdpm with every prior and both objectives, then the finalists among the rivals, then straw men if wanted."""
+    """The finalists among the rivals, then tdpm with every prior and both objectives, then straw men if wanted."""
     points = []
+    for row in finalists(rows, bench.args.finalists):
+        request, family = Request.from_json(row["request"]), SAMPLERS[row["sampler"]].library
+        arm = f"{row['sampler']} {row['budget']} for {row['target']}"
+        points.append(bench.point(arm, family, row["target"], request))
     for kind in bench.args.priors:
         for budget in bench.args.budgets:
             for objective in ("quality", "fidelity") if kind == bench.args.priors[0] else ("quality",):
                 request = Request(TDPM, budget, objective, kind)
                 arm = f"tdpm {kind} {objective} {budget}"
                 points.append(bench.point(arm, "tdpm", objective, request))
-    for row in finalists(rows, bench.args.finalists):
-        request, family = Request.from_json(row["request"]), SAMPLERS[row["sampler"]].library
-        arm = f"{row['sampler']} {row['budget']} for {row['target']}"
-        points.append(bench.point(arm, family, row["target"], request))
     for name in diffusers_rivals.STRAW_MEN if bench.args.straw_men else ():
         points.append(bench.point(name, "straw man", None, Request.rival(name, 1)))
     return points
@@ -225,6 +225,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="stop when these are in WORK (points: of --budgets); several "
         "processes with a budget each can share WORK, and the run without --until finds all that they did",
     )
+    add("--wait", action="store_true", help="wait for priors that another process makes, instead of making them")
     add("--figures", action="store_true", help="only draw the figures of the record again")
     args = p.parse_args(argv)
     args.given = argv

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import figures, records  # noqa: E402
+from benchmarks import figures, frontier, records  # noqa: E402
 
 STYLE = """
 :root { color-scheme: light; }
@@ -133,7 +133,7 @@ def frontier_part(record: dict, folder: Path, scratch: Path) -> str:
     return f"""<p>{text(record["judge"])}, {record["blocks"]} disjoint blocks of {record["per_block"]} seeds. The
 denoiser's own 60-evaluation run: {spread(reference["fd"])}; real against real pictures (floor):
 {spread(record["floor"])}. Nearest fitted picture, samples over held-out pictures: {copies["ratio"]:.2f}
-(1: no copying){ideal}.</p>{verdict}{shown}
+(1: no copying){ideal}. <strong>{text(frontier.standing(record["verdict"]))}</strong></p>{verdict}{shown}
 <h3>All points</h3>{points}<h3>Settings found for each rival ({record["search"]["tried"]} runs tried)</h3>
 {search_table(record)}{made_by(record)}"""
 

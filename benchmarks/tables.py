@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import records  # noqa: E402
+from benchmarks import frontier, records  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- RESULTS: python benchmarks/tables.py -->", "<!-- END RESULTS -->"
@@ -69,7 +69,9 @@ def frontier_table(record: dict, title: str) -> str:
     lines = [
         f"**{title}.** {record['judge']}, {record['blocks']} blocks of {record['per_block']} seeds; the denoiser's own "
         f"60-evaluation run has {fd(record['reference']['measures']['fd'])}, real pictures (the floor) "
-        f"{record['floor']['mean']:.2f}. Rivals: {tried} tried. `{record['command']}`",
+        f"{record['floor']['mean']:.2f}. Rivals: {tried} tried. {frontier.standing(record['verdict'])} Measured on one "
+        f"{'thread of a CPU' if record['environment']['device'] == 'CPU' else record['environment']['name']}. "
+        f"`{record['command']}`",
         "",
         "| evaluations | tdpm | best of all rivals | difference | evaluations saved at equal quality |",
         "|---|---|---|---|---|",
@@ -91,11 +93,13 @@ def slug(record: dict) -> str:
 def render() -> str:
     """All tables whose JSON is there, with one paragraph on how to read them."""
     parts = [
-        "CPU figures. FD: Frechet distance in the 128 features of a classifier (CIFAR-10: 112 of EfficientNet-Lite0) "
+        "CPU figures, where no GPU is named. FD: Frechet distance in the 128 features of a classifier (CIFAR-10: 112 "
+        "of EfficientNet-Lite0) "
         "against pictures that neither prior nor calibration saw; not comparable with published FID. rmse: to the "
         "denoiser's own 60-evaluation picture from the same seed. The k-diffusion column is the best of euler, heun, "
         "dpm_2, lms and dpmpp_2m with sigma_max in {80, 40, 20, 10} and rho in {3, 7}, tuned for that very count and "
-        "that very score."
+        "that very score. Frontiers: mean and standard deviation over disjoint blocks of seeds; differences under two "
+        "standard deviations are ties."
     ]
     for name, title in FRONTIERS.items():
         path = RESULTS / f"{name}.json"

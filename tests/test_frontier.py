@@ -12,7 +12,7 @@ pytest.importorskip("k_diffusion", exc_type=ImportError)
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
-from benchmarks import figures, frontier, metrics, pareto, records, search  # noqa: E402
+from benchmarks import contest, figures, frontier, metrics, pareto, records, search  # noqa: E402
 from benchmarks.drawing import Drawer, Request  # noqa: E402
 
 
@@ -191,3 +191,37 @@ def test_every_line_of_a_figure_is_labelled_and_told_apart_without_colour(small)
         assert (small[0] / f"frontier-{name}.png").stat().st_size > 10_000
         assert (small[0] / f"frontier-{name}.svg").read_text().startswith("<?xml")
     assert torch.tensor([len(line["points"]) for line in lines]).min() >= 1
+
+
+def test_a_verdict_says_plainly_where_a_rival_is_better():
+    rows = [{"budget": b, "on_frontier": b != 5} for b in (2, 3, 5, 8, 20)]
+    assert frontier.standing(rows).startswith("tdpm is NOT on the frontier at 5 evaluations (of 3, 5, 8)")
+    assert "within one standard deviation, at 3, 8" in frontier.standing([r for r in rows if r["budget"] != 5])
+    assert "No budget" in frontier.standing(rows[:1])
+
+
+def test_a_process_waits_for_a_prior_that_another_one_makes(tmp_path, monkeypatch):
+    words = ["digits", "--ideal", "--priors", "gaussian", "--wait", "--work", str(tmp_path)]
+    waiting = pareto.build(pareto.parse(words))
+    monkeypatch.setattr(contest.time, "sleep", lambda _: (tmp_path / "prior-gaussian.safetensors").write_bytes(b"x"))
+    assert waiting.prior_files == {"gaussian": tmp_path / "prior-gaussian.safetensors"}
+    (tmp_path / "prior-gaussian.safetensors").unlink()
+    monkeypatch.setattr(contest, "WAIT", -1)
+    with pytest.raises(FileNotFoundError, match="--until priors"):
+        del waiting.prior_files
+        waiting.prior_files  # noqa: B018
+
+
+def test_processes_with_a_budget_each_leave_nothing_to_draw_for_the_last_one(small, tmp_path, monkeypatch):
+    words = [*small[1][: small[1].index("--rounds")], "--rounds", "0", "--work", str(tmp_path / "work")]
+    at = words.index("--budgets") + 1
+    del words[at : at + 2]
+    assert pareto.main([*words[:at], "4", *words[at:], "--until", "priors"]) == 0
+    for budget in "34":
+        assert pareto.main([*words[:at], budget, *words[at:], "--until", "points"]) == 0
+    with (tmp_path / "work" / "points.jsonl").open("a") as file:
+        file.write('["cut sh')
+    monkeypatch.setattr(Drawer, "draw", None)
+    assert pareto.main([*words[:at], "3", "4", *words[at:], "--out", str(tmp_path / "all.json")]) == 0
+    record = records.read(tmp_path / "all.json")
+    assert [r["budget"] for r in record["verdict"]] == [3, 4]
