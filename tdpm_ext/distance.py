@@ -69,11 +69,15 @@ class FeatureDistance:
         projected = (vectors - self.mean) @ self.axes
         self.target = (projected.mean(0), torch.cov(projected.T))
 
+    def project(self, samples: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, *shape] -> float64 [B, KEPT]: what the distance compares, on the CPU."""
+        vectors = torch.cat([self.features(part).double() for part in samples.float().cpu().split(256)])
+        return (vectors - self.mean) @ self.axes
+
     def __call__(self, samples: torch.Tensor) -> float:
         if len(samples) < 2:
             raise ValueError(f"{len(samples)} pictures to judge: give at least 2, and better hundreds")
         if not bool(samples.isfinite().all()):
             raise ValueError("the pictures to judge hold NaN or infinity: check the checkpoint and its units")
-        vectors = torch.cat([self.features(part).double() for part in samples.float().cpu().split(256)])
-        projected = (vectors - self.mean) @ self.axes
+        projected = self.project(samples)
         return frechet(projected.mean(0), torch.cov(projected.T), *self.target)

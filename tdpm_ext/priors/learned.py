@@ -110,7 +110,8 @@ class LearnedPrior(ImplicitPrior):
 
     def lower(self, picture: Tensor, x: Tensor, z: Tensor, sigma: float | Tensor) -> Tensor:
         """From the network's answer for x to noise level sigma (one for all, or [B]); differentiable."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+        if isinstance(sigma, Tensor):
+            sigma = sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
         noise = shuffled(z) if self.noise == "fresh" else (x - picture) / self.sigma_init
         return picture + sigma * noise
 
@@ -180,17 +181,17 @@ def shuffled(z: Tensor) -> Tensor:
 
     White like z, a function of the seed alone, and blind to what g saw in z: no pattern of g survives the order.
     """
-    order, signs = _order(z[0].numel())
-    flat = z.flatten(1)[:, order.to(z.device)] * signs.to(z)
+    order, signs = _order(z[0].numel(), z.device)
+    flat = z.flatten(1)[:, order] * signs.to(z.dtype)
     return flat.reshape(z.shape)
 
 
 @lru_cache(maxsize=8)
-def _order(count: int) -> tuple[Tensor, Tensor]:
+def _order(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     numbers = random.Random(count)  # Python promises the same sequence everywhere; torch.randperm does not
     keys = torch.tensor([numbers.random() for _ in range(count)], dtype=torch.float64)
     signs = [1.0 if numbers.random() < 0.5 else -1.0 for _ in range(count)]
-    return keys.argsort(stable=True), torch.tensor(signs)
+    return keys.argsort(stable=True).to(device), torch.tensor(signs, device=device)
 
 
 def level_like(x: Tensor, sigma: float) -> Tensor:

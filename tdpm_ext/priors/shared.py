@@ -46,6 +46,7 @@ class SharedPrior(LearnedPrior):
         super().__init__(shape, sigma_trunc, sigma_init, **options)
         self.changes, self.rank, self.about = changes, rank, about
         self.network: nn.Module | None = None
+        self.one = False  # prior and denoiser are the same weights
         self._layers: dict[str, LowRank] = {}
 
     @classmethod
@@ -65,6 +66,13 @@ class SharedPrior(LearnedPrior):
             parametrize.register_parametrization(layer, "weight", prior._layers[name])
         return prior
 
+    @classmethod
+    def joint(cls, model: nn.Module, shape, sigma_trunc, sigma_init, **options):
+        """A prior that *is* the denoiser, for training both at once: the paper's shared form."""
+        prior = cls({}, 0, {}, shape, sigma_trunc, sigma_init, **options)
+        prior.network, prior.one = model, True
+        return prior
+
     @property
     def ready(self) -> bool:
         return self.network is not None
@@ -74,6 +82,9 @@ class SharedPrior(LearnedPrior):
         if not isinstance(model, nn.Module):
             raise ValueError(f"a shared prior changes the weights of a torch module; {type(model).__name__} is none")
         self._recognise(model)
+        if self.one:
+            self.network = model
+            return self
         targets = {name: value for name, value in model.named_parameters()}
         changed = {}
         for name in {key.rsplit(".", 1)[0] for key in self.changes} if self.rank else self.changes:
@@ -121,7 +132,7 @@ class SharedPrior(LearnedPrior):
         return list(self.network.parameters())
 
     def weights(self) -> dict[str, Tensor]:
-        if self.changes:
+        if self.changes or self.one:
             return self.changes
         if self.rank:
             parts = {"down", "up"}
@@ -130,7 +141,8 @@ class SharedPrior(LearnedPrior):
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         tensors, config = super().state()
-        return tensors, {**config, "rank": self.rank, "about": self.about}
+        about = describe(self.network) if self.one and self.network is not None else self.about
+        return tensors, {**config, "rank": self.rank, "about": about, "one": self.one}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], config: dict) -> SharedPrior:
@@ -141,11 +153,13 @@ class SharedPrior(LearnedPrior):
         known = isinstance(about, dict) and isinstance(about.get("rms"), list)
         if not known or not all(isinstance(v, (int, float)) for v in [about.get("parameters"), *about["rms"]]):
             raise ValueError("the config does not say which denoiser the weights belong to")
-        if not changes:
-            raise ValueError("no changed weights in the file")
+        if bool(changes) == bool(config.get("one")):
+            raise ValueError("a shared prior has changed weights, or is one with its denoiser and has none")
         if rank:
             _check_pairs(changes, rank)
-        return cls(changes, rank, about, **options)
+        prior = cls(changes, rank, about, **options)
+        prior.one = not changes
+        return prior
 
 
 def _check_pairs(changes: dict[str, Tensor], rank: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,9 +126,3 @@ class _Dense(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         return F.leaky_relu(self.layer(x) * gain + shift, 0.2)
-
-
-def noise_levels(count: int, low: float, high: float, generator: torch.Generator, device) -> Tensor:
-    """Noise levels [count] for a discriminator, log-uniform between ``low`` and ``high``."""
-    share = torch.rand(count, generator=generator, device=device)
-    return torch.exp(math.log(low) + share * (math.log(high) - math.log(low)))

@@ -1,0 +1,211 @@
+"""One step of training: a pure function of the batch and the state, on the CPU or as a CUDA graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdpm_ext.priors.learned import Start, level_like
+from tdpm_ext.solver import all_weights
+from tdpm_ext.training.data import Batch
+from tdpm_ext.training.losses import Regression, noised
+from tdpm_ext.training.options import Options
+
+log = logging.getLogger("tdpm_ext")
+STATS = ("discriminator", "prior", "real", "fake", "penalty", "regression", "denoising")
+WARM_UP = 3  # runs before a graph is captured, as torch asks for
+
+
+def adam(parameters: Sequence[Tensor], lr: float, betas: tuple[float, float], device: torch.device):
+    """Adam with its state made at once, so that saving, restoring and capturing know every tensor from the start."""
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, capturable=device.type == "cuda")
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=device if device.type == "cuda" else None),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def finish(model, x: Tensor, levels: Sequence[float], cond: dict) -> Tensor:
+    """The denoiser's steps down ``levels`` to 0, as `solver.solve` makes them, but with gradients."""
+    levels, past = (*levels, 0.0), []
+    rows = all_weights(tuple(levels), (2,) * (len(levels) - 1), (), ())
+    for i, weights in enumerate(rows):
+        past.insert(0, model(x, level_like(x, levels[i]), **cond))
+        update = sum(weight * denoised for weight, denoised in zip(weights, past, strict=False))
+        x = update + levels[i + 1] / levels[i] * x if levels[i + 1] else update
+    return x
+
+
+class Step:
+    """Losses, gradients and updates of one batch.
+
+    Args:
+        model: the denoiser; trained too when ``options.denoising`` is above 0, else frozen.
+        trained: parameters of the prior's side (and the denoiser's). average: makes gradients those of all processes.
+        autocast: () -> context in which networks run.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        model,
+        prior,
+        disc,
+        loss,
+        trained: list[Tensor],
+        device: torch.device,
+        average: Callable[[Sequence[Tensor]], None],
+        autocast: Callable[[], AbstractContextManager],
+        sigma_data: float,
+    ):
+        self.options, self.model, self.prior, self.disc, self.loss = options, model, prior, disc, loss
+        self.average, self.autocast, self.sigma_data, self.device = average, autocast, sigma_data, device
+        self.regression = Regression(options.huber)
+        self.trained = trained
+        self.optimizer = adam(trained, options.lr, (0.0 if options.adversarial else 0.9, 0.99), device)
+        self.judging = [] if disc is None else list(disc.parameters())
+        self.disc_optimizer = None if disc is None else adam(self.judging, options.disc_lr, (0.0, 0.99), device)
+
+    def __call__(self, batch: Batch, step: int) -> Tensor:
+        """One update; returns float32 [len(STATS)], NaN where a term was not measured."""
+        o, b = self.options, batch
+        stats = dict.fromkeys(STATS, torch.full((), float("nan"), device=self.device))
+        cond = {} if b.labels is None else {"class_cond": b.labels}
+        guided = cond if o.cond_scale == 1.0 else {**cond, "cond_scale": o.cond_scale}
+        with self.autocast():
+            emitted = self.prior.emit(Start(b.x, b.guess), **(guided if o.regression else cond)).float()
+            final = None
+            if o.finish:
+                final = finish(self.model, self.prior.lower(emitted, b.x, b.z, o.sigma_trunc), o.finish, guided).float()
+        total = 0.0
+        if o.adversarial:
+            fake = self.prior.lower(emitted, b.x, b.z, b.sigma) if final is None else noised(final, b.sigma, b.extra)
+            real = noised(b.real, b.sigma, b.noise)
+            self._judge(real, fake.detach(), b, step, stats)
+            self.disc.requires_grad_(False)
+            value = self.loss.generator(self.disc, real, fake, b.sigma, b.labels)
+            self.disc.requires_grad_(True)
+            stats["prior"] = value.detach()
+            total = total + o.adversarial * value
+        if o.regression:
+            value = self.regression(self._prediction(emitted, final, b), b.target)
+            stats["regression"] = value.detach()
+            total = total + o.regression * value
+        if o.denoising:
+            value = self._denoising(b, cond)
+            stats["denoising"] = value.detach()
+            total = total + o.denoising * value
+        self._update(total, self.optimizer, self.trained)
+        return torch.stack([stats[name].float() for name in STATS])
+
+    def _judge(self, real: Tensor, fake: Tensor, b: Batch, step: int, stats: dict) -> None:
+        found = self.loss.discriminator(self.disc, real, fake, b.sigma, b.labels, step)
+        self._update(found.total, self.disc_optimizer, self.judging)
+        stats["discriminator"], stats["penalty"] = found.total.detach(), found.penalty
+        stats["real"], stats["fake"] = found.real.mean(), found.fake.mean()
+
+    def _prediction(self, emitted: Tensor, final: Tensor | None, b: Batch) -> Tensor:
+        if final is not None:
+            return final
+        if self.prior.noise == "fresh" and not self.options.kind.startswith("raw"):
+            return emitted  # against the teacher's own denoised picture: its noise is not the prior's
+        return self.prior.lower(emitted, b.x, b.z, self.options.sigma_trunc)
+
+    def _denoising(self, b: Batch, cond: dict) -> Tensor:
+        """Karras et al.'s weighted error of the denoiser (arXiv 2206.00364)."""
+        with self.autocast():
+            denoised = self.model(noised(b.real, b.level, b.hidden), b.level, **cond).float()
+        weight = (b.level.square() + self.sigma_data**2) / (b.level * self.sigma_data).square()
+        return (weight * (denoised - b.real).flatten(1).square().mean(1)).mean()
+
+    def _update(self, value: Tensor, optimizer, parameters: list[Tensor]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.average(parameters)
+        optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that an update changes, by a name that a file can hold."""
+        groups = {"prior": (self.trained, self.optimizer), "disc": (self.judging, self.disc_optimizer)}
+        found = {}
+        for group, (parameters, optimizer) in groups.items():
+            for i, parameter in enumerate(parameters):
+                found[f"{group}.{i}"] = parameter.data
+                found |= {f"{group}.{i}.{name}": value for name, value in optimizer.state[parameter].items()}
+        return found
+
+
+class GraphedStep:
+    """A `Step` captured as CUDA graphs, one for each kind of step; the plain one where capturing fails.
+
+    A small network's launches cost more than its arithmetic: replaying them as one graph is several times faster.
+    """
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.inputs: Batch | None = None
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.failed = False
+
+    def __call__(self, batch: Batch, step: int) -> Tensor:
+        every = getattr(self.step.loss, "every", 1)
+        kind = step % every == 0
+        if not self.failed and kind not in self.graphs:
+            self._capture(batch, 0 if kind else 1, kind)
+        if self.failed:
+            return self.step(batch, step)
+        for mine, new in zip(self.inputs, batch, strict=True):
+            if mine is not None:
+                mine.copy_(new)
+        graph, out = self.graphs[kind]
+        graph.replay()
+        return out.clone()
+
+    def _capture(self, batch: Batch, step: int, kind: bool) -> None:
+        if self.inputs is None:
+            self.inputs = Batch(*(None if value is None else value.clone() for value in batch))
+        before = {name: value.clone() for name, value in self.step.tensors().items()}
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self.step(self.inputs, step)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.step(self.inputs, step)
+            self.graphs[kind] = (graph, out)
+        except Exception as error:  # whatever a capture cannot hold: the plain step does the same
+            self.failed = True
+            log.warning("the step cannot be captured as a CUDA graph (%s): it runs operation by operation", error)
+        for name, value in self.step.tensors().items():
+            value.copy_(before[name])
+
+
+def mean_gradients(accelerator) -> Callable[[Sequence[Tensor]], None]:
+    """Gradients averaged over processes, in one message; nothing for a single process."""
+
+    def average(parameters: Sequence[Tensor]) -> None:
+        if accelerator.num_processes == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = part.reshape(parameter.shape)
+
+    return average
+
+
+def scores_apart(stats: Tensor) -> float:
+    """How far real scores lie above fake ones, in the units of a logit, over a window [n, len(STATS)]."""
+    real, fake = (stats[:, STATS.index(name)].nanmean() for name in ("real", "fake"))
+    return float(F.relu(real - fake))
