@@ -53,7 +53,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.10",
-    packages=["tdpm_ext", "tdpm_ext.priors", "tdpm_ext.hosts", "tdpm_ext.kernels"],
+    packages=["tdpm_ext", "tdpm_ext.priors", "tdpm_ext.training", "tdpm_ext.hosts", "tdpm_ext.kernels"],
     package_dir={"tdpm_ext.kernels": "kernels"},
     package_data={
         "tdpm_ext.hosts": [

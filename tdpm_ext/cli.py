@@ -1,4 +1,4 @@
-"""The ``tdpm`` command: doctor, fit, calibrate, sample, inspect, install, uninstall.
+"""The ``tdpm`` command: doctor, fit, calibrate, train, sample, inspect, install, uninstall.
 
 Exit codes: 0 done, 1 a mistake in what was asked or in a file (one line on stderr), 130 interrupted with Ctrl-C.
 Nothing heavy is imported before a subcommand needs it.
@@ -75,6 +75,10 @@ def _run(args: argparse.Namespace) -> int | None:
         from tdpm_ext import install_job
 
         return getattr(install_job, args.command)(args)
+    if args.command == "train":
+        from tdpm_ext import training_job
+
+        return training_job.run(args)
     from tdpm_ext import commands
 
     return getattr(commands, args.command)(args)
@@ -152,6 +156,8 @@ def build_parser() -> argparse.ArgumentParser:
     _calibrate_options(command("calibrate", "choose noise levels and orders for each number of evaluations", example))
     example = "tdpm sample denoiser.safetensors --prior prior.safetensors --steps 4 --seeds 0-15 --out out/"
     _sample_options(command("sample", "make pictures with a checkpoint", example))
+    example = "tdpm train denoiser.safetensors --data fit.zip --out out/shared --minutes 30"
+    _train_options(command("train", "train a learned prior for a checkpoint, or both together", example))
     _inspect_options(command("inspect", "show what a prior file holds", "tdpm inspect prior.safetensors"))
     for verb, summary in (("install", "add the extension to a program"), ("uninstall", "take it out again")):
         _program_options(command(verb, summary, f"tdpm {verb} comfyui --path /path/to/ComfyUI"))
@@ -174,6 +180,12 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prior", type=Path, metavar="PRIOR", help="prior .safetensors file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    from tdpm_ext.training_job import add_options
+
+    add_options(parser, positive, positive_float)
 
 
 def _program_options(parser: argparse.ArgumentParser) -> None:

@@ -63,12 +63,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": PRIORS,
     "distance": PRIORS,
     "calibrate": PRIORS | {"sampler", "reference", "distance"},
-    "training": SAMPLING,
+    "training": SAMPLING | {"checkpoints", "decide", "distance", "grid"},
     "autoencoder": SAMPLING,
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }
 # The command line: may import every room, and no room imports it.
-FRONT = {"cli", "commands", "doctor", "install_job", "sampling_job"}
+FRONT = {"cli", "commands", "doctor", "install_job", "sampling_job", "training_job"}
 NEVER_AT_IMPORT = {"hosts", "kernels", "training"}  # of `import tdpm_ext`
 
 # Packages of others: what may stand at the top of a module, and what only inside functions.

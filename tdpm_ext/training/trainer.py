@@ -28,6 +28,7 @@ from tdpm_ext.training.teacher import Teacher, draw_teacher
 from tdpm_ext.training.watch import Health, Watch
 
 log = logging.getLogger("tdpm_ext")
+UNLIMITED = 10**9  # steps
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Limits:
         log_every: steps. check_every: steps between two looks at ``check_samples`` pictures; 0: never.
     """
 
-    steps: int = 10**9
+    steps: int = UNLIMITED
     minutes: float = math.inf
     save_minutes: float = 3.0
     log_every: int = 20
@@ -157,7 +158,8 @@ class Run:
         began, saved, base = time.monotonic(), time.monotonic(), self.seconds
         window: list[Tensor] = []
         main = self.accelerator.is_main_process
-        bar = tqdm(total=limits.steps, initial=self.step, desc="train", disable=not main, mininterval=5)
+        total = limits.steps if limits.steps < UNLIMITED else None
+        bar = tqdm(total=total, initial=self.step, desc="train", disable=not main, mininterval=5)
         with _Interrupted() as interrupted, bar:
             while self.step < limits.steps:
                 window.append(self._advance())
