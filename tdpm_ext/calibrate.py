@@ -50,7 +50,7 @@ def calibrate(
 
     Args:
         model: ``model(x, sigma, **extra_args) -> denoised``.
-        budgets: evaluations to plan for; others are interpolated later.
+        budgets: evaluations to plan for, the prior's own included; others are interpolated later.
         objective: ``fidelity`` (no data needed) or ``quality`` (needs ``data``).
         data: pictures in the form `fit_prior` takes.
         num_classes: sample with ``class_cond`` running through the classes; 0: unconditionally.
@@ -62,9 +62,11 @@ def calibrate(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    budgets = sorted({int(b) for b in budgets})
+    own = prior.prior_nfe
+    budgets = sorted({int(b) - own for b in budgets})
     if not budgets or budgets[0] < 1:
-        raise ValueError(f"budgets {budgets}: give one or more numbers of evaluations, each at least 1")
+        given = [b + own for b in budgets]
+        raise ValueError(f"budgets {given}: give one or more numbers of evaluations, each at least {1 + own}")
     if objective == "quality" and data is None:
         raise ValueError("objective 'quality' compares with pictures: give data=; 'fidelity' needs none")
     samples = (48 if objective == "fidelity" else 384) if samples is None else samples
@@ -92,7 +94,7 @@ class _Job:
     def __init__(self, prior, model, z, extra, sigma_min, batch, progress):
         self.prior, self.model, self.z, self.extra = prior, model, z, extra
         self.sigma_min, self.batch, self.progress = sigma_min, batch, progress
-        self.cond = {k: v for k, v in extra.items() if k == "class_cond"}
+        self.cond = {k: v for k, v in extra.items() if prior.conditions is None or k in prior.conditions}
 
     def part(self, count: int) -> _Job:
         """The same job for the first ``count`` seeds."""
@@ -103,7 +105,7 @@ class _Job:
         """The prior's draw and history for all seeds, in slices."""
         xs, seen = [], []
         for k in range(0, len(self.z), self.batch):
-            cond = {n: v[k : k + self.batch] for n, v in self.cond.items()}
+            cond = rows_of(self.cond, slice(k, k + self.batch), len(self.z))
             x, past = self.prior.start(self.z[k : k + self.batch], sigma_trunc, tuple(history), **cond)
             xs.append(x)
             seen.append(past)
@@ -137,8 +139,7 @@ def _fidelity(job: _Job, budgets: list[int]) -> dict[int, Plan]:
     )
     stand_in = StandIn(trajectories, prior)
     std = max(float(trajectories.final.std()), job.sigma_min)  # pictures that are all alike still need a cut
-    cuts = [std * r for r in (1.5, 2, 2.8, 4, 5.6, 8, 11, 16, 23, 32, 45) if std * r < 0.7 * prior.sigma_max]
-    cuts = cuts or [0.5 * prior.sigma_max]  # data about as wide as the whole noise range
+    cuts = prior.cuts(std)
     starts = {}
     for cut in tqdm(cuts, desc="prior", disable=not job.progress, leave=False):
         x, history = job.start(cut, [h * cut for h in HISTORY])
@@ -208,7 +209,7 @@ def _moved(plan: Plan, i: int, factor: float) -> Plan | None:
 def _polish(job: _Job, target: torch.Tensor, value: float, plan: Plan) -> tuple[float, Plan]:
     """Real runs: the whole schedule a little higher or lower, its end, and plainer orders."""
     for trial in (_scaled(plan, 1.15, 0), _scaled(plan, 0.87, 0), _scaled(plan, 1.3, 1), _scaled(plan, 0.77, 1)):
-        if trial and (new := rmse(job.run(trial), target)) < value:
+        if trial and job.prior.starts_at(trial.sigma_trunc) and (new := rmse(job.run(trial), target)) < value:
             value, plan = new, trial
     return value, plan
 
@@ -272,17 +273,25 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
         some = job if budget <= FEW else job.part(len(job.z) // 2)
 
         def score(point: tuple[float, float], budget=budget, scores=scores, some=some) -> float:
+            if point not in scores and not job.prior.starts_at(point[0]):
+                scores[point] = math.inf
             if point not in scores:
                 scores[point] = distance(some.run(make_plan(*point, budget, 3.0, 2, 2)))
             return scores[point]
 
         if point is None:  # cut and last sigma pull at each other, and one walk can end in the wrong valley
-            point = min(((std * c, std * e) for c in (1.0, 2.2, 4.8) for e in (0.06, 0.25, 0.8)), key=score)
+            point = min(_first_points(job.prior, std), key=score)
         for axis, factor in ((0, 1.4), (1, 1.6)):
             point = _line_search(score, point, axis, factor)
         plans[budget] = replace(make_plan(*point, budget, 3.0, 2, 2), error=score(point))
         point = (point[0], 0.85 * point[1])  # more evaluations can end lower
     return plans
+
+
+def _first_points(prior: ImplicitPrior, std: float) -> list[tuple[float, float]]:
+    """(cut, last sigma) to begin a walk from; the last sigma is a share of std, and below the cut."""
+    cuts = [std * c for c in (1.0, 2.2, 4.8)] if prior.prior_nfe == 0 else prior.cuts(std)[1::2] or prior.cuts(std)
+    return [(cut, std * e) for cut in cuts for e in (0.06, 0.25, 0.8)]
 
 
 def _line_search(score, point: tuple[float, float], axis: int, factor: float) -> tuple[float, float]:

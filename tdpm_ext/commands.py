@@ -57,6 +57,8 @@ def calibrate(args: argparse.Namespace) -> None:
     check_output(output)
     checkpoint = open_for(args)
     prior = load_prior(args.prior, expect_shape=checkpoint.shape, expect_checkpoint=checkpoint.fingerprint)
+    if not prior.ready:
+        prior.bind(checkpoint.model, checkpoint.fingerprint)
     options = {"seed": args.seed, "sigma_min": checkpoint.sigma_min, "progress": sys.stderr.isatty()}
     options["num_classes"] = 0 if args.unlabelled else checkpoint.num_classes
     if args.samples is not None:

@@ -105,6 +105,8 @@ def _cannot(x, levels, prior, sigma_trunc, budget, host: Host) -> str | None:
     """Reasons that no option overrides."""
     if prior is None:
         return "no prior was passed and none is active: pass prior= or use use_prior(prior)"
+    if not getattr(prior, "ready", True):
+        return f"the {prior.kind} prior has no network yet: call prior.bind(model) once after loading it"
     heights = levels.tolist()
     if any(low >= high for high, low in pairwise(heights)):
         return "the sigmas do not fall strictly (unsampling?): the prior starts a falling schedule"

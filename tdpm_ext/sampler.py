@@ -202,8 +202,10 @@ def start_from(prior, z, way: route.Route, extra_args: dict, *, branch: str | No
     ``branch``, if given, is what the prior's own ``branch`` said of the conditions.
     """
     cond = {} if branch is None else {"branch": branch}
-    if isinstance(extra_args.get("class_cond"), torch.Tensor):
-        cond["class_cond"] = extra_args["class_cond"]
+    names = getattr(prior, "conditions", ("class_cond",))
+    for name, value in extra_args.items():
+        if names is None or (name in names and isinstance(value, torch.Tensor)):
+            cond[name] = value
     sigma, *_ = way.sigmas.tolist()
     if branch is not None or (way.solver is None and way.history and has_closed_form(prior)):
         return prior.start(z, sigma, way.history, **cond)

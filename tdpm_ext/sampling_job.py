@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     device = next(checkpoint.model.parameters()).device
     sigmas = _sigmas(args, checkpoint)
     sampler = _sampler(args, checkpoint, device)
+    hidden = _hidden_calls(sampler, checkpoint)
     handle = _accelerate(args, checkpoint)
     done: list[Tensor] = []
     seconds = 0.0
@@ -69,11 +70,18 @@ def run(args: argparse.Namespace) -> None:
                 if folder is not None:
                     save_png(to_image(picture), folder / job.name)
     save_png(_grid(jobs, done, args.classes), grid_file)
-    spent = f"{counter.calls} evaluations and {1000 * seconds / len(done):.1f} ms each on {device}"
+    spent = f"{counter.calls + hidden} evaluations and {1000 * seconds / len(done):.1f} ms each on {device}"
     for note in handle.notes if handle else ():
         print(note, file=sys.stderr)
     print(f"{len(done)} picture{'s' * (len(done) != 1)}, {args.sampler}, {spent}")
     print(grid_file if folder is None else f"{folder}: one PNG a picture; {grid_file} shows them")
+
+
+def _hidden_calls(sampler, checkpoint: Checkpoint) -> int:
+    """Network calls per picture that a counter on the checkpoint's model does not see: the prior's own network's."""
+    prior = getattr(sampler, "keywords", {}).get("prior")
+    called = (getattr(prior, name, None) for name in ("network", "source"))
+    return 0 if prior is None or any(one is checkpoint.model for one in called) else prior.prior_nfe
 
 
 def _accelerate(args: argparse.Namespace, checkpoint: Checkpoint):
@@ -152,6 +160,8 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.dev
 
         expected = {"expect_shape": checkpoint.shape, "expect_checkpoint": checkpoint.fingerprint}
         prior = load_prior(args.prior, device=device, **expected)
+        if not prior.ready:
+            prior.bind(checkpoint.model, checkpoint.fingerprint)
         return functools.partial(sample_tdpm, prior=prior, objective=_objective(args, prior), init="always")
     samplers = k_diffusion_samplers()
     if name in ("dpm_fast", "dpm_adaptive"):

@@ -27,6 +27,8 @@ class ImplicitPrior:
         sigma_max: the level at which the host's untruncated chain would have started from the same z.
         coupled: the same z gives (nearly) the picture that the untruncated sampler gives.
         prior_nfe: network calls inside one draw; they count against the user's budget.
+        ready: False while a prior that works on a network has not been given it (`LearnedPrior.bind`).
+        conditions: arguments of the model that a draw takes too; None: all of them.
         card: what the prior was fitted for (source, fingerprints, cond_scale, num_classes...), JSON.
         plans: objective -> budget -> `Plan`, filled by `calibrate`.
     """
@@ -34,6 +36,8 @@ class ImplicitPrior:
     kind: ClassVar[str]
     coupled: bool = True
     prior_nfe: int = 0
+    ready: bool = True
+    conditions: tuple[str, ...] | None = ("class_cond",)
 
     def __init__(self, shape: tuple[int, ...], sigma_trunc: float, sigma_max: float = 80.0, card: dict | None = None):
         self.shape = tuple(int(n) for n in shape)
@@ -70,6 +74,16 @@ class ImplicitPrior:
             x, at = self.transport(x, at, level, **cond), level
             seen.insert(0, (level, self.denoise(x, level, **cond)))
         return self.transport(x, at, sigma, **cond), seen
+
+    def cuts(self, std: float) -> list[float]:
+        """Noise levels worth trying as ``sigma_trunc`` for pictures of that std, rising."""
+        ratios = (1.5, 2, 2.8, 4, 5.6, 8, 11, 16, 23, 32, 45)
+        # none: data about as wide as the whole noise range
+        return [std * r for r in ratios if std * r < 0.7 * self.sigma_max] or [0.5 * self.sigma_max]
+
+    def starts_at(self, sigma: float) -> bool:
+        """Whether a draw at ``sigma`` can be had."""
+        return 0 < sigma < math.inf
 
     def check(self, x: torch.Tensor) -> None:
         """Raise ``ValueError`` when x does not hold pictures of this prior's shape."""

@@ -130,6 +130,9 @@ class LearnedPrior(ImplicitPrior):
         """As in `ImplicitPrior.start`; a learned prior knows nothing above ``sigma`` that a solver could use."""
         return self.sample(z, sigma, **cond), []
 
+    def starts_at(self, sigma: float) -> bool:
+        return 0 < sigma <= self.sigma_init * (1 + CLOSE)
+
     def cuts(self, std: float) -> list[float]:
         """Noise levels worth trying as ``sigma_trunc``, rising."""
         return [self.sigma_init * share for share in (0.06, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75)]
@@ -138,10 +141,12 @@ class LearnedPrior(ImplicitPrior):
         if not self.ready:
             raise ValueError(f"this {self.kind} prior has no network yet: call prior.bind(model) once after loading")
         sigma = self.sigma_trunc if sigma is None else float(sigma)
-        if not 0 < sigma <= self.sigma_init * (1 + CLOSE):
-            limit = f"this prior starts at sigma_init {self.sigma_init:g}"
-            raise ValueError(f"sigma {sigma:g} asked for, and {limit}: give a level above 0 and not above that")
+        if not self.starts_at(sigma):
+            raise ValueError(f"sigma {sigma:g} asked for: this {self.kind} prior draws {self._range()}")
         return sigma
+
+    def _range(self) -> str:
+        return f"at levels above 0, up to its sigma_init {self.sigma_init:g}"
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tdpm_ext.plan import Plan
 from tdpm_ext.priors.generator import GeneratorPrior
 from tdpm_ext.priors.learned import LearnedPrior, Start
 from tdpm_ext.priors.registry import register_prior
@@ -17,8 +16,6 @@ NETWORKS = {"generator": GeneratorPrior, "shared": SharedPrior}
 @register_prior("raw")
 class RawPrior(LearnedPrior):
     """A `GeneratorPrior` or `SharedPrior` whose answer is taken as x at ``sigma_trunc``, which is therefore fixed."""
-
-    fixed_trunc = True
 
     def __init__(self, inner: GeneratorPrior | SharedPrior):
         options = {"sigma_max": inner.sigma_max, "base": inner.base, "noise": inner.noise, "coupled": inner.coupled}
@@ -48,18 +45,11 @@ class RawPrior(LearnedPrior):
     def cuts(self, std: float) -> list[float]:
         return [self.sigma_trunc]
 
-    def plan_for(self, budget: int, objective: str = "fidelity") -> Plan:
-        plan = super().plan_for(budget, objective)
-        if abs(plan.sigma_trunc / self.sigma_trunc - 1) > CLOSE:
-            raise ValueError(f"a plan that starts at {plan.sigma_trunc:g}: a raw prior starts at {self.sigma_trunc:g}")
-        return plan
+    def starts_at(self, sigma: float) -> bool:
+        return abs(sigma / self.sigma_trunc - 1) <= CLOSE
 
-    def _level(self, sigma: float | None) -> float:
-        sigma = super()._level(sigma)
-        if abs(sigma / self.sigma_trunc - 1) > CLOSE:
-            fixed = f"this raw prior emits x at sigma_trunc {self.sigma_trunc:g} and nowhere else"
-            raise ValueError(f"sigma {sigma:g} asked for: {fixed}")
-        return sigma
+    def _range(self) -> str:
+        return f"at its own sigma_trunc {self.sigma_trunc:g} alone"
 
     def parameters(self) -> list[Tensor]:
         """What is trained."""
