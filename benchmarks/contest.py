@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import tdpm_ext as tdpm
 from benchmarks import judging, records
@@ -48,20 +47,6 @@ class Lines:
             with self.path.open("a") as file:
                 file.write(json.dumps([key, self.known[key]]) + "\n")
         return self.known[key]
-
-
-class Graphed(nn.Module):
-    """The denoiser, replayed as a CUDA graph wherever that is possible, and called as it is elsewhere."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        from tdpm_ext.kernels.graphs import GraphedForward
-
-        self.model = model
-        self.graph = GraphedForward(model, max_graphs=8)  # one for each number of pictures in a call
-
-    def forward(self, x, sigma, **kwargs):
-        return self.graph(x, sigma, **kwargs)
 
 
 @dataclass

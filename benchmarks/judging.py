@@ -98,9 +98,14 @@ class Judge:
         """Features as the network gives them [N, D] -> standardised by the evaluation half."""
         return metrics.standardise(self.raw, raw)[1]
 
+    @cached_property
+    def normal(self) -> metrics.Normal:
+        """The Gaussian fit of the reference."""
+        return metrics.normal(self.reference)
+
     def fd(self, x: torch.Tensor) -> float:
         """Frechet distance alone: what a search looks at."""
-        return metrics.frechet_distance(self.features(x), self.reference)
+        return metrics.frechet_distance(self.features(x), self.normal)
 
     def measure(self, features: np.ndarray, replicates: int = 100) -> dict[str, float]:
         """All of ``MEASURES`` and ``kd_error`` (bootstrap) of standardised features [N, D]; N > 5."""

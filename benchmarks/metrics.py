@@ -64,9 +64,12 @@ def frechet_distance(feats_a, feats_b) -> float:
         feats_a, feats_b: features [N, D] and [M, D]; covariances are the unbiased ones. The square root is taken
             through two symmetric eigen-decompositions, which also hold for rank-deficient covariances; with fewer
             pictures than features in both sets, through the singular values of a [N, M] matrix.
+            ``feats_b`` may be a ``Normal``: the fit of a reference that is compared with many times.
 
     Source: Dowson and Landau 1982; in image evaluation Heusel et al. 2017 (there on Inception features).
     """
+    if isinstance(feats_b, Normal):
+        return _to_normal(_rows(feats_a, "first set"), feats_b)
     a, b = _pair(feats_a, feats_b)
     shift = a.mean(0) - b.mean(0)
     if max(len(a), len(b)) < a.shape[1]:  # the same trace from the rows: |A^1/2 B^1/2|_* = |X_a X_b^T|_*
@@ -80,6 +83,31 @@ def frechet_distance(feats_a, feats_b) -> float:
     inner = root @ cov_b @ root
     cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
     return float(max(0.0, shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+
+
+class Normal(NamedTuple):
+    """The Gaussian fit of a set of features: ``mean`` [D], ``root`` [D, D] of the covariance, its ``trace``."""
+
+    mean: np.ndarray
+    root: np.ndarray
+    trace: float
+
+
+def normal(features) -> Normal:
+    """The fit of features [N, D], done once for ``frechet_distance``."""
+    rows = _rows(features, "reference")
+    covariance = np.atleast_2d(np.cov(rows, rowvar=False))
+    values, vectors = np.linalg.eigh(covariance)
+    return Normal(rows.mean(0), (vectors * np.sqrt(values.clip(0))) @ vectors.T, float(np.trace(covariance)))
+
+
+def _to_normal(rows: np.ndarray, fit: Normal) -> float:
+    if rows.shape[1] != len(fit.mean):
+        raise ValueError(f"the sets have {rows.shape[1]} and {len(fit.mean)} features: use one network for both")
+    covariance = np.atleast_2d(np.cov(rows, rowvar=False))
+    inner, shift = fit.root @ covariance @ fit.root, rows.mean(0) - fit.mean
+    cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    return float(max(0.0, shift @ shift + fit.trace + np.trace(covariance) - 2 * cross))
 
 
 def floor(feats_a, feats_b, n: int, blocks: int | None = None, seed: int = 0, labels=None) -> Estimate:

@@ -29,11 +29,12 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(R
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import diffusers_rivals, figures, frontier, judging, metrics, records, timing  # noqa: E402
-from benchmarks.contest import JUDGED_SEED, SEARCH_SEED, Contest, Graphed, kept_as  # noqa: E402
+from benchmarks.contest import JUDGED_SEED, SEARCH_SEED, Contest, kept_as  # noqa: E402
 from benchmarks.drawing import TDPM, Drawer, Request  # noqa: E402
 from benchmarks.samplers import SAMPLERS  # noqa: E402
 from benchmarks.search import Search  # noqa: E402
 from tdpm_ext.grid import picture_grid, save_png  # noqa: E402
+from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_uint8, to_unit  # noqa: E402
 
 SCHEMA = "tdpm-frontier/1"
@@ -186,9 +187,9 @@ def build(args: argparse.Namespace) -> Contest:
     else:
         opened = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors", args.device)
         model, classes, fingerprint = opened.model, opened.num_classes, opened.fingerprint
+        accelerate(model)  # equal to rounding, and the same for every sampler
     labels = judge.real.labels if classes else None
     judge.net.to(device)
-    model = Graphed(model.requires_grad_(False)) if device.type == "cuda" else model
     drawer = Drawer(model, tuple(judge.real.images.shape[1:]), classes, labels, None, device)
     work = args.work or ROOT / "out" / "pareto" / args.slug
     work.mkdir(parents=True, exist_ok=True)

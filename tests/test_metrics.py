@@ -300,3 +300,16 @@ def test_efficientnet_without_its_packages_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ImportError, match=r"efficientnet-lite-pytorch==0\.1\.0.*\[bench\]"):
         EffLiteMid()
+
+
+def test_a_fit_made_once_gives_the_distance_that_the_features_give():
+    rng = np.random.default_rng(5)
+    reference = rng.normal(size=(60, 12)) * np.arange(1, 13)
+    fit = metrics.normal(reference)
+    for count in (8, 40):
+        other = rng.normal(size=(count, 12)) * 3 + 1
+        expected = metrics.frechet_distance(other, reference)
+        assert metrics.frechet_distance(other, fit) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(reference, fit) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="11 and 12 features"):
+        metrics.frechet_distance(other[:, :11], fit)
