@@ -51,12 +51,8 @@ def lower_envelope(points: list[tuple]) -> list[tuple]:
 
 def draw(record: dict, stem: Path) -> list[Path]:
     """Write STEM-evaluations and STEM-milliseconds as PNG and SVG; the latter pair only where times were taken."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     paths = []
-    with matplotlib.rc_context({"svg.hashsalt": "tdpm", "font.size": 9, "axes.spines.top": False,
-                                "axes.spines.right": False}):  # fmt: skip
+    with style():
         for name, column in COLUMNS.items():
             lines = series(record, column)
             if lines:
@@ -120,16 +116,33 @@ def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path
     if name == "evaluations":
         axes.set_xticks(sorted({int(p[0]) for line in lines for p in line["points"]}))
     figure.subplots_adjust(left=0.11, right=0.68, top=0.92, bottom=0.12)
-    _label_ends(figure, axes, ends)
-    paths = []
-    for suffix in ("png", "svg"):
-        path = stem.with_name(f"{stem.name}-{name}.{suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        figure.savefig(path, dpi=150, metadata=metadata)
-        paths.append(path)
+    label_ends(figure, axes, ends)
+    paths = save(figure, stem.with_name(f"{stem.name}-{name}"))
     plt.close(figure)
     return paths
+
+
+def save(figure, stem: Path) -> list[Path]:
+    """Write ``figure`` as STEM.png and STEM.svg, byte for byte the same at every call."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        path = stem.with_name(f"{stem.name}.{suffix}")
+        temporary = path.with_name(f".{path.name}")
+        figure.savefig(temporary, dpi=150, metadata=metadata, format=suffix)
+        temporary.replace(path)
+        paths.append(path)
+    return paths
+
+
+def style():
+    """A context of Matplotlib in which all figures are drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    return matplotlib.rc_context(
+        {"svg.hashsalt": "tdpm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
 
 
 def _style(line: dict, thin: int) -> dict:
@@ -142,8 +155,12 @@ def _style(line: dict, thin: int) -> dict:
     return {"color": "#8a8a8a", "linewidth": 0.9, "zorder": 2, **open_marker}
 
 
-def _label_ends(figure, axes, ends: list[tuple]) -> None:
-    """Labels to the right of the axes in the order of the lines' ends, moved apart, each with a leader to its end."""
+def label_ends(figure, axes, ends: list[tuple]) -> None:
+    """Labels to the right of the axes in the order of the lines' ends, moved apart, each with a leader to its end.
+
+    Args:
+        ends: (label, x, y, colour, whether it is bold) per line.
+    """
     figure.canvas.draw()
     height = axes.get_window_extent().height
     gap = 11 / height * figure.dpi / 72  # one line of text, in fractions of the axes
