@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distance": PRIORS,
     "calibrate": PRIORS | {"sampler", "reference", "distance"},
     "training": SAMPLING | {"checkpoints", "decide", "distance", "grid"},
-    "autoencoder": SAMPLING,
+    "autoencoder": SAMPLING | {"decide"},
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }
 # The command line: may import every room, and no room imports it.
