@@ -14,7 +14,7 @@ from tdpm_ext.commands import read_pictures
 from tdpm_ext.denoiser import CheckpointModel, class_count
 from tdpm_ext.optional import import_k_diffusion
 from tdpm_ext.training.losses import LOSSES
-from tdpm_ext.training.options import KINDS, NOISES, Options
+from tdpm_ext.training.options import CRITICS, KINDS, NOISES, Options
 
 HELP = {
     "kind": f"of prior: {', '.join(KINDS)}; raw ones emit x at sigma_trunc itself",
@@ -38,6 +38,7 @@ HELP = {
     "lr": "learning rate of the prior",
     "disc_lr": "learning rate of the discriminator",
     "ema": "largest decay of the running mean of the weights",
+    "critic": f"what the discriminator sees: {', '.join(CRITICS)} (activations of the frozen denoiser, or the picture)",
     "disc_width": "channels of the discriminator",
     "label_dropout": "share of pictures without their label, for guidance",
     "cond_scale": "guidance of the frozen denoiser, and of trajectories",

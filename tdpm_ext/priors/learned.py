@@ -7,11 +7,14 @@ turn x at sigma_init into a clean picture g. From there
     x(sigma) = g + sigma * n,    n = z in another order ("fresh"), or (x(sigma_init) - g) / sigma_init ("kept").
 
 Fresh noise is what the paper's prior needs: it is exactly white, and sigma_trunc stays free after training. Kept noise
-is a step of the probability-flow ODE: with a g that was trained for it, the untruncated sampler's own path.
+is a step of the probability-flow ODE: with a g that was trained for it, the untruncated sampler's own path. Where a
+base knows an estimate above sigma_init, the step is of second order, as a multistep solver's with a seeded history:
+with the denoiser's own weights it is the step that the closed-form prior's plan would make.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdpm_ext.priors.base import ImplicitPrior
+from tdpm_ext.priors.base import HISTORY_RATIO, ImplicitPrior
 from tdpm_ext.priors.closed_form import ClosedFormPrior
 from tdpm_ext.priors.registry import get_prior
 from tdpm_ext.schedule import CLOSE
@@ -30,10 +33,15 @@ SETTINGS = ("sigma_init", "sigma_max", "noise", "coupled")
 
 
 class Start(NamedTuple):
-    """What the network is called on: x [B, *shape] at ``sigma_init``, and the base's estimate of the picture."""
+    """What is known of the picture without a network call.
+
+    ``x`` [B, *shape] at ``sigma_init``; the base's estimates of the picture there (``guess``) and at the level
+    `HISTORY_RATIO` times higher (``past``), where they are used.
+    """
 
     x: Tensor
-    guess: Tensor | None
+    guess: Tensor | None = None
+    past: Tensor | None = None
 
 
 class LearnedPrior(ImplicitPrior):
@@ -105,15 +113,24 @@ class LearnedPrior(ImplicitPrior):
         if self.base is None:
             return Start(z * self.sigma_init, None)
         known = {name: cond[name] for name in ("class_cond",) if name in cond}
-        x = self.base.transport(z * self.base.sigma_max, self.base.sigma_max, self.sigma_init, **known)
-        return Start(x, self.base.denoise(x, self.sigma_init, **known) if self.uses_guess else None)
+        kept = self.noise == "kept" and self.sigma_init * HISTORY_RATIO < self.base.sigma_max
+        above = (self.sigma_init * HISTORY_RATIO,) if kept else ()
+        x, seen = self.base.start(z, self.sigma_init, above, **known)
+        guess = self.base.denoise(x, self.sigma_init, **known) if self.uses_guess else None
+        return Start(x, guess, seen[0][1] if seen else None)
 
-    def lower(self, picture: Tensor, x: Tensor, z: Tensor, sigma: float | Tensor) -> Tensor:
-        """From the network's answer for x to noise level sigma (one for all, or [B]); differentiable."""
+    def lower(self, picture: Tensor, start: Start, z: Tensor, sigma: float | Tensor) -> Tensor:
+        """From the network's answer to noise level sigma (one for all, or [B]); differentiable."""
         if isinstance(sigma, Tensor):
-            sigma = sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
-        noise = shuffled(z) if self.noise == "fresh" else (x - picture) / self.sigma_init
-        return picture + sigma * noise
+            sigma = sigma.to(start.x).reshape(-1, *[1] * (start.x.ndim - 1))
+        if self.noise == "fresh":
+            return picture + sigma * shuffled(z)
+        share = sigma / self.sigma_init
+        x = picture + share * (start.x - picture)
+        if start.past is None:
+            return x
+        length = -share.log() if isinstance(share, Tensor) else -math.log(share)
+        return x + 0.5 * (1 - share) * length / math.log(HISTORY_RATIO) * (picture - start.past)
 
     @torch.no_grad()
     def sample(self, z: Tensor, sigma: float | None = None, **cond) -> Tensor:
@@ -124,7 +141,7 @@ class LearnedPrior(ImplicitPrior):
         """
         sigma = self._level(sigma)
         start = self.begin(z, **cond)
-        return self.lower(self.emit(start, **cond), start.x, z, sigma)
+        return self.lower(self.emit(start, **cond), start, z, sigma)
 
     def start(self, z: Tensor, sigma: float, history: tuple[float, ...] = (), **cond):
         """As in `ImplicitPrior.start`; a learned prior knows nothing above ``sigma`` that a solver could use."""

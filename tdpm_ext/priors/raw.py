@@ -39,7 +39,7 @@ class RawPrior(LearnedPrior):
     def emit(self, start: Start, **cond) -> Tensor:
         return self.inner.emit(start, **cond)
 
-    def lower(self, picture: Tensor, x: Tensor, z: Tensor, sigma: float | Tensor) -> Tensor:
+    def lower(self, picture: Tensor, start: Start, z: Tensor, sigma: float | Tensor) -> Tensor:
         return picture
 
     def cuts(self, std: float) -> list[float]:

@@ -23,7 +23,7 @@ KEPT_ON_DEVICE = 0.25  # share of a GPU's memory that pictures may take
 class Batch(NamedTuple):
     """Rows of one step. ``labels`` int64 [B] or None; the rest [B, ...], None where it is not used.
 
-    ``real`` clean pictures; ``x``, ``guess`` what the prior's network is called on; ``z`` its unit noise; ``sigma`` [B]
+    ``real`` clean pictures; ``x``, ``guess``, ``past`` the prior's `Start`; ``z`` its unit noise; ``sigma`` [B]
     levels of comparison; ``noise`` for the reals, ``extra`` for finished fakes; ``target`` what regression aims at;
     ``level`` [B] and ``hidden`` (noise) for the denoising loss.
     """
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     real: Tensor | None
     x: Tensor
     guess: Tensor | None
+    past: Tensor | None
     z: Tensor
     sigma: Tensor
     noise: Tensor
@@ -105,7 +106,7 @@ class Data:
         low, high = o.levels
         sigma = low * torch.exp(torch.rand(rows, **draw) * math.log(high / low))
         noise, extra = torch.randn(shape, **draw), torch.randn(shape, **draw)
-        whole = Batch(labels, real, start.x, start.guess, z, sigma, noise, extra, target, level, hidden)
+        whole = Batch(labels, real, *start, z, sigma, noise, extra, target, level, hidden)
         return [whole.rows(slice(k * o.batch, (k + 1) * o.batch)) for k in range(self.block)]
 
     def _pictures(self, index: Tensor) -> Tensor:

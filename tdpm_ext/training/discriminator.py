@@ -1,13 +1,15 @@
-"""A discriminator of noised pictures that knows the noise level and the condition; a small one for 2-d points."""
+"""Discriminators of noised pictures that know level and condition: on a denoiser's activations, or of their own."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdpm_ext.priors.networks import Conditioning
+from tdpm_ext.priors.shared import own_copy
 
 
 class Discriminator(nn.Module):
@@ -71,6 +73,75 @@ class Discriminator(nn.Module):
             gain, shift = modulate(emb).chunk(2, 1)
             h = block(h, 1 + gain, shift)
         return F.leaky_relu(self.last(h.flatten(1)), 0.2), emb
+
+
+class FeatureDiscriminator(nn.Module):
+    """Small heads on the activations of the frozen denoiser, which already knows noisy pictures, levels and classes.
+
+    It tells real from fake after tens of steps where a network of its own needs hundreds. Only the heads are trained,
+    and the gradient penalties are taken at the activations, so that nothing is differentiated twice through the
+    denoiser. Sauer et al. 2024 (arXiv 2403.12015) judge with a diffusion model's activations too.
+
+    Args:
+        model: the denoiser, ``model(x, sigma, class_cond=...)``; used as it is, through a twin that shares its weights.
+        shape: of one picture. width: channels of a head.
+    """
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], *, num_classes: int = 0, width: int = 48):
+        super().__init__()
+        self.__dict__["twin"] = own_copy(model, [])  # no submodule: it is neither trained nor saved
+        self._seen: list[Tensor] = []
+        for block in outer_blocks(self.twin):
+            block.register_forward_hook(lambda module, given, found: self._seen.append(found))
+        self.condition = Conditioning(num_classes, 0, width)
+        probe = next(model.parameters())
+        found = self.see(probe.new_zeros(1, *shape), probe.new_ones(1), None)
+        if not found:
+            raise ValueError("this denoiser shows no blocks with activations [B, C, H, W]: use the discriminator's own")
+        self.heads = nn.ModuleList(_Head(feature.shape[1], width) for feature in found)
+        self.width = width * len(found)  # of `features`
+        self.score = nn.Linear(self.width, 1)
+        self.project = nn.Linear(width, self.width)
+
+    def see(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> list[Tensor]:
+        """Activations [B, C, H, W] of x [B, *shape] at sigma [B], each picture's brought to mean 0 and std 1."""
+        self._seen.clear()
+        self.twin(x, sigma, **({} if cond is None else {"class_cond": cond}))
+        found = [f for f in self._seen if isinstance(f, Tensor) and f.ndim == 4]
+        self._seen.clear()
+        return [F.group_norm(feature.float(), 1) for feature in found]
+
+    def judge(self, seen: list[Tensor], sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Scores [B] from what `see` gave."""
+        h = self._pooled(seen)
+        return self.score(h)[:, 0] + (self.project(self.condition(sigma, cond)) * h).mean(1)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.judge(self.see(x, sigma, cond), sigma, cond)
+
+    def features(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The heads' outputs, [B, width]: what a transport cost compares."""
+        return self._pooled(self.see(x, sigma, cond))
+
+    def _pooled(self, seen: list[Tensor]) -> Tensor:
+        return torch.cat([head(feature) for head, feature in zip(self.heads, seen, strict=True)], 1)
+
+
+class _Head(nn.Module):
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.2)), 0.2).mean((2, 3))
+
+
+def outer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The entries of the outermost ``ModuleList``s: what networks call their blocks or levels."""
+    if isinstance(model, nn.ModuleList):
+        return list(model)
+    return [block for child in model.children() for block in outer_blocks(child)]
 
 
 def _pyramid(shape: tuple[int, ...], width: int, depth: int) -> tuple[nn.ModuleList, int]:

@@ -13,7 +13,7 @@ an optimizer, and every mean is over rows, so that the gradient over a batch is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,10 +38,25 @@ def noised(clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     return clean + sigma.reshape(-1, *[1] * (clean.ndim - 1)) * noise
 
 
-def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
-    """|d score / d x|^2 of each row, [B]; differentiable, for a penalty. ``x`` must require a gradient."""
-    (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
-    return gradient.flatten(1).square().sum(1)
+def squared_gradient(scores: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    """|d score / d seen|^2 of each row, [B], over all tensors [B, ...] in ``seen``; differentiable, for a penalty."""
+    gradients = torch.autograd.grad(scores.sum(), seen, create_graph=True)
+    return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+
+
+def scored(disc: Callable, x: Tensor, sigma: Tensor, cond) -> tuple[Tensor, list[Tensor]]:
+    """(scores [B], what they were computed from, ready for a penalty); nothing flows back to x.
+
+    A discriminator on fixed features has ``see(x, sigma, cond) -> features`` and ``judge(features, sigma, cond) ->
+    scores``; its slope is measured at the features. Any other is ``disc(x, sigma, cond)``, and x itself is what it saw.
+    """
+    if not hasattr(disc, "see"):
+        x = x.detach().requires_grad_()
+        return disc(x, sigma, cond), [x]
+    with torch.no_grad():
+        found = disc.see(x, sigma, cond)
+    seen = [feature.detach().requires_grad_() for feature in found]
+    return disc.judge(seen, sigma, cond), seen
 
 
 def _unmeasured(like: Tensor) -> Tensor:
@@ -68,8 +83,7 @@ class Relativistic:
         self, disc: Callable, real: Tensor, fake: Tensor, sigma: Tensor, cond=None, step: int = 0
     ) -> DiscriminatorLoss:
         """``fake`` is taken as it stands: no gradient flows to what made it."""
-        real, fake = real.detach().requires_grad_(), fake.detach().requires_grad_()
-        real_scores, fake_scores = disc(real, sigma, cond), disc(fake, sigma, cond)
+        (real_scores, real), (fake_scores, fake) = (scored(disc, x, sigma, cond) for x in (real, fake))
         slopes = squared_gradient(real_scores, real).mean() + squared_gradient(fake_scores, fake).mean()
         total = F.softplus(fake_scores - real_scores).mean() + 0.5 * self.gamma * slopes
         return DiscriminatorLoss(total, real_scores.detach(), fake_scores.detach(), 0.5 * slopes.detach())
@@ -103,12 +117,11 @@ class NonSaturating:
         self, disc: Callable, real: Tensor, fake: Tensor, sigma: Tensor, cond=None, step: int = 0
     ) -> DiscriminatorLoss:
         """``step`` counts from 0 and says whether this one carries the penalty."""
-        real, fake = real.detach().requires_grad_(), fake.detach()
-        real_scores, fake_scores = disc(real, sigma, cond), disc(fake, sigma, cond)
+        (real_scores, seen), (fake_scores, _) = (scored(disc, x, sigma, cond) for x in (real, fake))
         total = F.softplus(fake_scores).mean() + F.softplus(-real_scores).mean()
         penalty = _unmeasured(total)
         if step % self.every == 0:
-            slope = squared_gradient(real_scores, real).mean()
+            slope = squared_gradient(real_scores, seen).mean()
             total = total + 0.5 * self.gamma * self.every * slope
             penalty = slope.detach()
         return DiscriminatorLoss(total, real_scores.detach(), fake_scores.detach(), penalty)

@@ -11,6 +11,7 @@ from tdpm_ext.training.losses import LOSSES
 
 KINDS = ("shared", "generator", "raw-shared", "raw-generator")
 NOISES = ("fresh", "kept")
+CRITICS = ("features", "own")
 PRECISIONS = ("no", "tf32", "bf16")
 
 
@@ -31,6 +32,7 @@ class Options:
             compare at noise levels right behind the prior. (sigma_trunc,): one step to the end.
         batch: pictures per step, over all processes.
         lr, disc_lr, ema: of prior and discriminator; ``ema`` is the largest decay of the weights' running mean.
+        critic: "features": heads on the frozen denoiser's activations; "own": a network of its own.
         disc_width: channels of the discriminator.
         label_dropout: share of rows without their label, so that guidance works.
         cond_scale: guidance of the frozen denoiser, the teacher and a prior trained by regression.
@@ -59,6 +61,7 @@ class Options:
     lr: float = 2e-4
     disc_lr: float = 4e-4
     ema: float = 0.998
+    critic: str = "features"
     disc_width: int = 48
     label_dropout: float = 0.1
     cond_scale: float = 1.0
@@ -68,7 +71,7 @@ class Options:
 
     def __post_init__(self):
         object.__setattr__(self, "finish", tuple(float(s) for s in self.finish))
-        choices = {"kind": KINDS, "loss": LOSSES, "noise": NOISES}
+        choices = {"kind": KINDS, "loss": LOSSES, "noise": NOISES, "critic": CRITICS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
@@ -92,6 +95,10 @@ class Options:
             raise ValueError("regression needs the checkpoint's own trajectories: set teacher, 2048 or more")
         if self.regression and self.denoising:
             raise ValueError("regression follows a denoiser that stands still: train it jointly, or leave it out")
+        if self.denoising and self.critic == "features":
+            raise ValueError(
+                "critic 'features' needs a denoiser that stands still: with denoising, set critic to 'own'"
+            )
         if not self.sigma_trunc <= self.sigma_init:
             raise ValueError(f"sigma_trunc {self.sigma_trunc:g} above sigma_init {self.sigma_init:g}: let it be lower")
         if not self.sigma_low <= self.sigma_high:

@@ -81,13 +81,15 @@ class Step:
         cond = {} if b.labels is None else {"class_cond": b.labels}
         guided = cond if o.cond_scale == 1.0 else {**cond, "cond_scale": o.cond_scale}
         with self.autocast():
-            emitted = self.prior.emit(Start(b.x, b.guess), **(guided if o.regression else cond)).float()
+            start = Start(b.x, b.guess, b.past)
+            emitted = self.prior.emit(start, **(guided if o.regression else cond)).float()
             final = None
             if o.finish:
-                final = finish(self.model, self.prior.lower(emitted, b.x, b.z, o.sigma_trunc), o.finish, guided).float()
+                x = self.prior.lower(emitted, start, b.z, o.sigma_trunc)
+                final = finish(self.model, x, o.finish, guided).float()
         total = 0.0
         if o.adversarial:
-            fake = self.prior.lower(emitted, b.x, b.z, b.sigma) if final is None else noised(final, b.sigma, b.extra)
+            fake = self.prior.lower(emitted, start, b.z, b.sigma) if final is None else noised(final, b.sigma, b.extra)
             real = noised(b.real, b.sigma, b.noise)
             self._judge(real, fake.detach(), b, step, stats)
             self.disc.requires_grad_(False)
@@ -96,7 +98,7 @@ class Step:
             stats["prior"] = value.detach()
             total = total + o.adversarial * value
         if o.regression:
-            value = self.regression(self._prediction(emitted, final, b), b.target)
+            value = self.regression(self._prediction(emitted, final, start, b), b.target)
             stats["regression"] = value.detach()
             total = total + o.regression * value
         if o.denoising:
@@ -112,12 +114,12 @@ class Step:
         stats["discriminator"], stats["penalty"] = found.total.detach(), found.penalty
         stats["real"], stats["fake"] = found.real.mean(), found.fake.mean()
 
-    def _prediction(self, emitted: Tensor, final: Tensor | None, b: Batch) -> Tensor:
+    def _prediction(self, emitted: Tensor, final: Tensor | None, start: Start, b: Batch) -> Tensor:
         if final is not None:
             return final
         if self.prior.noise == "fresh" and not self.options.kind.startswith("raw"):
             return emitted  # against the teacher's own denoised picture: its noise is not the prior's
-        return self.prior.lower(emitted, b.x, b.z, self.options.sigma_trunc)
+        return self.prior.lower(emitted, start, b.z, self.options.sigma_trunc)
 
     def _denoising(self, b: Batch, cond: dict) -> Tensor:
         """Karras et al.'s weighted error of the denoiser (arXiv 2206.00364)."""

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from tdpm_ext.priors.io import save_prior
 from tdpm_ext.training.data import Data
-from tdpm_ext.training.discriminator import Discriminator
+from tdpm_ext.training.discriminator import Discriminator, FeatureDiscriminator
 from tdpm_ext.training.losses import adversarial_loss
 from tdpm_ext.training.options import Options
 from tdpm_ext.training.product import finished, new_prior, save_denoiser
@@ -137,9 +137,12 @@ class Run:
         o, c = self.options, self.checkpoint
         if not o.adversarial:
             return None, None
-        sigma_data = float(c.config["model"].get("sigma_data", 1.0))
-        about = {"num_classes": c.num_classes, "sigma_data": sigma_data, "width": o.disc_width}
-        disc = Discriminator(c.shape, **about).to(self.device)
+        about = {"num_classes": c.num_classes, "width": o.disc_width}
+        if o.critic == "features":
+            disc = FeatureDiscriminator(c.model, tuple(c.shape), **about).to(self.device)
+        else:
+            sigma_data = float(c.config["model"].get("sigma_data", 1.0))
+            disc = Discriminator(tuple(c.shape), **about, sigma_data=sigma_data).to(self.device)
         return disc, adversarial_loss(o.loss, gamma=o.gamma, every=o.every, features=disc.width)
 
     def tensors(self) -> dict[str, Tensor]:
