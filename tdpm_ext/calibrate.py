@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
-from tdpm_ext.reference import StandIn, Trajectories, rows_of, run_batched
+from tdpm_ext.reference import StandIn, Trajectories, run_batched
 from tdpm_ext.schedule import karras
-from tdpm_ext.solver import device_of, solve, step_weights
+from tdpm_ext.solver import device_of, rows_of, solve, step_weights
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
 OBJECTIVES = ("fidelity", "quality")

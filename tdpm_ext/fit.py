@@ -9,10 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from tdpm_ext.priors.base import ImplicitPrior
-from tdpm_ext.priors.moments import Batches
+from tdpm_ext.priors.moments import Batches, Moments
 from tdpm_ext.priors.registry import get_prior
 from tdpm_ext.schedule import karras
-from tdpm_ext.solver import device_of, solve
+from tdpm_ext.solver import device_of, rows_of, solve
 
 DRAWS = 1024
 DRAW_STEPS = 7
@@ -37,7 +37,8 @@ def draw_from_denoiser(
     """Denoised estimates from short runs of the checkpoint, to take moments of.
 
     The runs stop at a moderate sigma and return D(x, sigma) there: the moments of a posterior mean are known
-    functions of the data's, so the fine steps below need not be paid for.
+    functions of the data's, so the fine steps below need not be paid for. Tensors in ``extra_args`` with one entry per
+    draw (the prompts' embeddings, for example) are sliced with the draws.
 
     Returns:
         (denoised [count, *shape], labels int64 [count] or None, the sigma they were read at).
@@ -48,13 +49,17 @@ def draw_from_denoiser(
         )
     generator, device = torch.Generator().manual_seed(seed), device_of(denoiser)
     labels = torch.arange(count) % num_classes if num_classes else None
-    stop = STOP * _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator)
+    spread = (
+        torch.arange(8) * count // 8
+    )  # the eight pictures of the probe, for conditions that each draw has its own of
+    few = rows_of(extra_args or {}, spread, count)
+    stop = STOP * _probe_std(denoiser, shape, sigma_max, labels, few, generator)
     sigmas = karras(steps, sigma_max, stop, DRAW_RHO)[:-1]
     out = []
     for k in tqdm(range(0, count, batch), desc="drawing from the checkpoint", disable=not progress):
         rows = min(batch, count - k)
         x = (torch.randn(rows, *shape, generator=generator) * sigma_max).to(device)
-        extra = dict(extra_args or {})
+        extra = rows_of(extra_args or {}, slice(k, k + rows), count)
         if labels is not None:
             extra["class_cond"] = labels[k : k + rows].to(device)
         x = solve(denoiser, x, sigmas, extra, disable=True)
@@ -68,7 +73,7 @@ def draw_from_denoiser(
 def _probe_std(denoiser, shape, sigma_max, labels, extra_args, generator) -> float:
     """The data's std per entry, from eight very short runs."""
     x = (torch.randn(8, *shape, generator=generator) * sigma_max).to(device_of(denoiser))
-    extra = dict(extra_args or {})
+    extra = dict(extra_args)
     if labels is not None:
         extra["class_cond"] = (labels[:8] if len(labels) >= 8 else labels.repeat(8)[:8]).to(x.device)
     x = solve(denoiser, x, karras(5, sigma_max, sigma_max / 200, 5.0), extra, disable=True)
@@ -142,21 +147,27 @@ def fit_prior(
     prior, moments = cls.fit(batches, sigma_max=sigma_max, denoised_at=stop, seed=seed, **options)
     if shape is not None and tuple(shape) != prior.shape:
         raise ValueError(f"the pictures have shape {prior.shape}, but shape={tuple(shape)} was asked for")
-    prior.card = {
-        "source": "pictures" if denoiser is None else "denoiser",
+    prior.card = provenance(moments, denoiser is not None, checkpoint, cond_scale, stop, seed)
+    prior.card |= {"num_classes": getattr(prior, "num_classes", 0), "components": getattr(prior, "components", 0)}
+    return prior
+
+
+def provenance(
+    moments: Moments, drawn: bool, checkpoint: str | None, cond_scale: float, stop: float, seed: int
+) -> dict:
+    """What a prior's card says of its origin; ``drawn``: from the checkpoint itself, not from pictures."""
+    return {
+        "source": "denoiser" if drawn else "pictures",
         "pictures": moments.count,
         "data_sha256": moments.sha256,
         "data_mean": float(moments.mean.mean()),
         "data_std": moments.std,
         "checkpoint": checkpoint,
         "cond_scale": cond_scale,
-        "num_classes": getattr(prior, "num_classes", 0),
-        "components": getattr(prior, "components", 0),
         "denoised_at": stop,
         "seed": seed,
         "created_by": f"tdpm_ext {_version()}",
     }
-    return prior
 
 
 def _version() -> str:

@@ -15,15 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from tdpm_ext.schedule import karras
-from tdpm_ext.solver import solve
+from tdpm_ext.solver import rows_of, solve
 
 STEPS = 60
 RHO = 7.0
-
-
-def rows_of(extra: dict, rows: slice, total: int) -> dict:
-    """Arguments for some rows of a batch of ``total``: tensors with one entry per row are sliced, the rest stays."""
-    return {n: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (total,) else v for n, v in extra.items()}
 
 
 @torch.no_grad()

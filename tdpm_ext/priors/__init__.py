@@ -10,6 +10,7 @@ from tdpm_ext.priors.raw import RawPrior
 from tdpm_ext.priors.registry import get_prior, list_priors, register_prior
 from tdpm_ext.priors.shared import SharedPrior
 from tdpm_ext.priors.source import SourcePrior
+from tdpm_ext.priors.text import TextLowRankPrior, TextMixturePrior
 
 __all__ = [
     "GaussianPrior",
@@ -21,6 +22,8 @@ __all__ = [
     "RawPrior",
     "SharedPrior",
     "SourcePrior",
+    "TextLowRankPrior",
+    "TextMixturePrior",
     "get_prior",
     "list_priors",
     "load_prior",

@@ -120,7 +120,7 @@ class ClosedFormPrior(ImplicitPrior):
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: float, class_cond: torch.Tensor | None = None, **_) -> torch.Tensor:
         """x [B, *shape] at noise level sigma -> E[x_0 | x], of x's shape and dtype."""
-        sigma, t = _level(sigma), self.on(x.device)
+        sigma, t = sigma_level(sigma), self.on(x.device)
         c, outside = self._split(x)
         return self._join(*self._shrink(t, c, outside, sigma, self._allowed(t, class_cond, len(x))), x)
 
@@ -129,7 +129,7 @@ class ClosedFormPrior(ImplicitPrior):
         self, x: torch.Tensor, sigma_from: float, sigma_to: float, class_cond: torch.Tensor | None = None, **_
     ) -> torch.Tensor:
         """x [B, *shape] at sigma_from -> the same path's point at sigma_to. Exact for one component."""
-        a, b, t = _level(sigma_from), _level(sigma_to), self.on(x.device)
+        a, b, t = sigma_level(sigma_from), sigma_level(sigma_to), self.on(x.device)
         c, outside = self._split(x)
         return self._join(*self._move(t, c, outside, a, b, self._allowed(t, class_cond, len(x))), x)
 
@@ -151,10 +151,10 @@ class ClosedFormPrior(ImplicitPrior):
         t, at, seen = self.on(z.device), self.sigma_max, []
         place = self._split(z * self.sigma_max)
         allowed = self._allowed(t, class_cond, len(z))
-        for level in sorted(map(_level, history), reverse=True):
+        for level in sorted(map(sigma_level, history), reverse=True):
             place, at = self._move(t, *place, at, level, allowed, branch), level
             seen.insert(0, (level, self._join(*self._shrink(t, *place, level, allowed), z)))
-        return self._join(*self._move(t, *place, at, _level(sigma), allowed, branch), z), seen
+        return self._join(*self._move(t, *place, at, sigma_level(sigma), allowed, branch), z), seen
 
     def branch(self, batch: int, class_cond: torch.Tensor | None = None, **_) -> str:
         """How the rows of a draw move: by their only component's "exact" flow, by the mixture's "flow", or "mixed".
@@ -171,7 +171,10 @@ class ClosedFormPrior(ImplicitPrior):
     # -- the mixture ---------------------------------------------------------------------------------------------
 
     def _allowed(self, t: dict, class_cond: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-        """bool [B, K]: components each row may use; None when all may (no condition, or no class in this prior)."""
+        """bool [B, K]: components each row may use; None when all may (no condition, or no class in this prior).
+
+        A kind may return log weights [B, K] instead: how much each row uses each component.
+        """
         if class_cond is None or not self._labelled:
             return None
         label = torch.as_tensor(class_cond, device=t["classes"].device).reshape(-1)
@@ -186,9 +189,10 @@ class ClosedFormPrior(ImplicitPrior):
         y = torch.bmm(c[None] - t["means"][:, None], t["rotations"])  # [K, B, q], along each component's own axes
         scale = (spread + sigma**2).reciprocal()
         quad = torch.bmm(y.square(), scale[:, :, None])[..., 0].T.double()
-        logits = t["log_weights"].double() - 0.5 * (quad - scale.double().log().sum(1))  # [B, K]
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
+        weighed = allowed is not None and allowed.is_floating_point()
+        logits = (allowed if weighed else t["log_weights"]).double() - 0.5 * (quad - scale.double().log().sum(1))
+        if allowed is not None and not weighed:
+            logits = logits.masked_fill(~allowed, -torch.inf)  # [B, K]
         share = logits.softmax(1).float()  # [B, K]
         kept = y * (spread * scale)[:, None] * share.T[:, :, None]
         turned = kept.transpose(0, 1).reshape(len(c), -1) @ t["rotations"].mT.reshape(-1, c.shape[1])
@@ -244,7 +248,7 @@ class ClosedFormPrior(ImplicitPrior):
         """Mean and variance along each axis of the components each row may use: [B, q] both, or [1, q] for all."""
         weights = t["log_weights"].softmax(0)[None]
         if allowed is not None:
-            weights = weights * allowed
+            weights = allowed.exp() if allowed.is_floating_point() else weights * allowed
             weights = weights / weights.sum(1, keepdim=True)
         mean = weights @ t["means"]
         within = torch.einsum("kqr,kr->kq", t["rotations"].square(), t["spreads"])
@@ -279,7 +283,7 @@ def gaussian_tensors(mean: torch.Tensor, basis: torch.Tensor, variances: torch.T
     }
 
 
-def _level(sigma: float | torch.Tensor) -> float:
+def sigma_level(sigma: float | torch.Tensor) -> float:
     """One noise level as a float; a [B] tensor of equal entries is accepted, as samplers pass it."""
     if isinstance(sigma, torch.Tensor):
         values = sigma.reshape(-1)
