@@ -61,7 +61,7 @@ setup(
             "comfyui_node/*.py",
             "comfyui_node/example_workflows/*.json",
         ],
-        "tdpm_ext.kernels": ["*.json"],
+        "tdpm_ext.kernels": ["*.json", "*.cpp", "*.h"],
     },
     install_requires=["torch>=2.4", "numpy>=1.26", "safetensors>=0.4.3", "tqdm>=4.60"],
     extras_require={

@@ -47,6 +47,7 @@ class Family:
             forward, what)`` patches one more.
         body: the module that Inductor compiles: most of the work, and nothing that is remembered.
         narrow: the modules that half precision applies to.
+        blocks: whether its modules know the C++ blocks of `cpu_blocks`.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Family:
     prepare: Callable[[nn.Module, Callable], None]
     body: Callable[[nn.Module], nn.Module]
     narrow: Callable[[nn.Module], list[nn.Module]]
+    blocks: bool = False
 
 
 def why_not(rule: Rule, module: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdpm_ext.kernels import native, ops
+from tdpm_ext.kernels import cpu_blocks, native, ops
 from tdpm_ext.kernels.caches import LastPrompt, PromptCache, RowCache, capturing, hooked, remembered
 from tdpm_ext.kernels.family import Family, Rule, add_into, channels_last, may_run, ordinary
 
@@ -65,10 +65,28 @@ def residual_block(self, input, cond):
     stages = _stages(self.main)
     if stages is None or not may_run(input, *(m for norm, act, _, drop in stages for m in (norm, act, drop))):
         return ordinary(self, input, cond)
+    if cpu_blocks.switched_on(self, input) and (y := _residual_in_blocks(self, stages, input, cond)) is not None:
+        return y
     h = input
     for norm, _, conv, _ in stages:
         h = conv(_ada_gn(norm, h, cond, "gelu"))
     return add_into(h, self.skip(input))
+
+
+def _residual_in_blocks(module: nn.Module, stages: list[tuple], x: Tensor, cond: dict) -> Tensor | None:
+    """The whole block in C++, or None where it is built otherwise."""
+    norms, skip = tuple(_block_norm(stage[0], cond) for stage in stages), module.skip
+    same = type(skip) is nn.Identity and not hooked(skip)
+    convolutions = tuple(stage[2] for stage in stages)
+    if len(stages) != 2 or not all(norms) or not cpu_blocks.usable(*convolutions, *(() if same else (skip,))):
+        return None
+    return cpu_blocks.residual(x, norms, "gelu", convolutions, None if same else skip)
+
+
+def _block_norm(module: nn.Module, cond: dict) -> cpu_blocks.Norm | None:
+    """An AdaGN as the C++ blocks take it, or None where its scale and shift are not at hand."""
+    slot, ready = getattr(module, "_tdpm_slot", None), cond.get(READY)
+    return None if slot is None or ready is None else cpu_blocks.Norm(module.num_groups, module.eps, *ready[slot])
 
 
 def _stages(main: nn.Sequential) -> list[tuple[nn.Module, ...]] | None:
@@ -89,6 +107,11 @@ def self_attention(self, input, cond):
     if not may_run(input):
         return ordinary(self, input, cond)
     n, c, h, w = input.shape
+    if cpu_blocks.switched_on(self, input) and not self.dropout.p and not hooked(self.norm_in):
+        norm = _block_norm(self.norm_in, cond)
+        whole = c // self.n_head % cpu_blocks.LANES == 0
+        if norm and whole and cpu_blocks.usable(self.qkv_proj, self.out_proj):
+            return cpu_blocks.attention(input, norm, self.n_head, self.qkv_proj, self.out_proj)
     qkv = channels_last(self.qkv_proj(self.norm_in(input, cond))).permute(0, 2, 3, 1)
     q, k, v = qkv.reshape(n, h * w, 3, self.n_head, c // self.n_head).permute(2, 0, 3, 1, 4)
     y = _attention(q, k, v, None, self.dropout.p)
@@ -129,12 +152,15 @@ def _picture(y: Tensor, h: int, w: int) -> Tensor:
 
 
 LINEAR = [0.125, 0.375, 0.375, 0.125]  # taps of k-diffusion's default resampling kernel
+DOUBLED = [2 * tap for tap in LINEAR]
 
 
 def downsample(self, x):
     """``Downsample2d``: each channel by itself; the library convolves all channels with all others, times zero."""
     if not may_run(x):
         return ordinary(self, x)
+    if _in_blocks(self, x, LINEAR):
+        return cpu_blocks.downsample(x)
     x = F.pad(x, (self.pad,) * 4, self.pad_mode)
     if x.device.type == "cpu" and _is_linear(self, LINEAR):
         rows = _four_taps(x[:, :, :-3:2], x[:, :, 1:-2:2], x[:, :, 2:-1:2], x[:, :, 3::2])
@@ -150,8 +176,10 @@ def upsample(self, x):
     """``Upsample2d``: each channel by itself."""
     if not may_run(x):
         return ordinary(self, x)
+    if _in_blocks(self, x, DOUBLED):
+        return cpu_blocks.upsample(x)
     x = F.pad(x, ((self.pad + 1) // 2,) * 4, self.pad_mode)
-    if x.device.type == "cpu" and _is_linear(self, [2 * tap for tap in LINEAR]):
+    if x.device.type == "cpu" and _is_linear(self, DOUBLED):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[:, :, 2:-2, 2:-2]
     weight = _per_channel(self, x)
     return F.conv_transpose2d(x, weight, stride=2, padding=self.pad * 2 + 1, groups=x.shape[1])
@@ -160,6 +188,12 @@ def upsample(self, x):
 def _is_linear(module: nn.Module, taps: list[float]) -> bool:
     """Whether the kernel is k-diffusion's default one, which torch's own kernels do several times faster on a CPU."""
     return not torch.compiler.is_compiling() and module.kernel.tolist() == [[a * b for b in taps] for a in taps]
+
+
+def _in_blocks(module: nn.Module, x: Tensor, taps: list[float]) -> bool:
+    """Whether a C++ block does this resampling: the default kernel with reflected borders."""
+    fits = cpu_blocks.switched_on(module, x) and x.shape[1] % cpu_blocks.LANES == 0 and min(x.shape[2:]) > 1
+    return fits and module.pad_mode == "reflect" and _is_linear(module, taps)
 
 
 def _per_channel(module: nn.Module, x: Tensor) -> Tensor:
@@ -293,4 +327,5 @@ FAMILY = Family(
     prepare,
     body=lambda root: root.u_net,
     narrow=lambda root: [m for m in root.modules() if isinstance(m, nn.Conv2d)],
+    blocks=True,
 )

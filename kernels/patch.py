@@ -13,11 +13,11 @@ from types import MethodType
 import torch
 from torch import nn
 
-from tdpm_ext.kernels import family_k_diffusion, family_resnet, family_transformer, winograd
+from tdpm_ext.kernels import cpu_blocks, cpu_library, family_k_diffusion, family_resnet, family_transformer, winograd
 from tdpm_ext.kernels.facts import KernelError
 from tdpm_ext.kernels.family import Family, Rule, why_not
 from tdpm_ext.kernels.graphs import GraphedForward
-from tdpm_ext.kernels.tiers import Compiled, Half
+from tdpm_ext.kernels.tiers import Blocks, Compiled, Half
 
 log = logging.getLogger("tdpm_ext")
 GRAPHS = ("auto", "on", "off")
@@ -49,6 +49,11 @@ class Handle:
     def active(self) -> bool:
         """True while there is something to undo."""
         return vars(self.model).get(MARK + "handle") is self
+
+    def _mark(self, module: nn.Module) -> None:
+        """``undo`` takes away whatever was put on this module."""
+        if not any(m is module for m in self._modules):
+            self._modules.append(module)
 
     def refresh(self) -> None:
         """Drop everything remembered. Needed only after weights on a GPU were edited through ``.data``."""
@@ -109,8 +114,9 @@ def accelerate(model: nn.Module, *, graphs: str = "auto", precision: str = "exac
     Args:
         model: any module that contains a known network.
         graphs: CUDA graphs of whole calls: "auto" uses them on a GPU, "on" insists, "off" does not.
-        precision: "exact": equal to rounding. "half": bfloat16 (CPU) or float16 (GPU), "compile": Inductor; each is
-            used only where a short measurement at the first call finds it faster, and ``notes`` say so.
+        precision: "exact": equal to rounding. "half": bfloat16 (CPU) or float16 (GPU). "compile": C++ of this package
+            for k-diffusion's ``image_v1`` on a CPU, Inductor elsewhere. The last two are used only where a short
+            measurement at the first call finds them faster, and ``notes`` say so.
 
     Returns:
         A handle; ``handle.undo()`` takes everything back. Called again with the same options it returns the same
@@ -186,8 +192,10 @@ def _accelerate_root(handle: Handle, family: Family, name: str, root: nn.Module)
 
 
 def _compile(handle: Handle, family: Family, root: nn.Module) -> None:
-    """Inductor for the body of a network, with Winograd's convolutions on a CPU."""
+    """The body of a network in C++ blocks if its modules know them, else by Inductor with Winograd's convolutions."""
     body = family.body(root)
+    if family.blocks and _use_blocks(handle, body):
+        return
     places = [(owner, name) for owner in body.modules() for name, m in owner.named_children() if winograd.fits(m)]
     for owner, name in places:
         module = getattr(owner, name)
@@ -195,7 +203,28 @@ def _compile(handle: Handle, family: Family, root: nn.Module) -> None:
     usual = vars(body).get("forward") or MethodType(type(body).forward, body)
     root._tdpm_compiled = True
     transformed = winograd.TransformedWeights(places)
-    _replace(handle, body, Compiled(usual, handle.notes, transformed.update))
+    _replace(handle, body, Compiled(usual, handle.notes, transformed))
+
+
+def _use_blocks(handle: Handle, body: nn.Module) -> bool:
+    """Whether the modules of a body could be given the C++ blocks of `cpu_blocks`."""
+    places = [(owner, name) for owner in body.modules() for name, m in owner.named_children() if cpu_blocks.fits(m)]
+    if not places:
+        return False
+    try:
+        cpu_library.library()
+    except cpu_library.NoLibrary as error:
+        handle.notes.append(f"compile: no C++ blocks here ({error})")
+        return False
+    switch = cpu_blocks.Switch()
+    for module in body.modules():
+        if "forward" in vars(module):
+            vars(module)[cpu_blocks.SWITCH] = switch
+    for owner, name in places:
+        handle._mark(getattr(owner, name))
+    usual = vars(body).get("forward") or MethodType(type(body).forward, body)
+    _replace(handle, body, Blocks(usual, handle.notes, cpu_blocks.PackedWeights(places), switch))
+    return True
 
 
 def _patch(handle: Handle, rules: dict[str, Rule], path: str, module: nn.Module) -> None:
@@ -212,8 +241,7 @@ def _patch(handle: Handle, rules: dict[str, Rule], path: str, module: nn.Module)
 
 def _replace(handle: Handle, module: nn.Module, forward) -> None:
     vars(module)["forward"] = forward
-    if not any(m is module for m in handle._modules):
-        handle._modules.append(module)
+    handle._mark(module)
 
 
 def _move(handle: Handle, root: nn.Module) -> None:

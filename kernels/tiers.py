@@ -1,4 +1,4 @@
-"""The opt-in tiers of ``accelerate``: half precision and Inductor, taken where a measurement says that they pay.
+"""The opt-in tiers of ``accelerate``: half precision and compiled code, taken where a measurement says that they pay.
 
 Both change results, half precision visibly, so neither is ever chosen by itself.
 """
@@ -12,37 +12,55 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from tdpm_ext.kernels.cpu_blocks import PackedWeights, Switch
+
 WIDE = {"sigma", "mapping_cond", "timestep", "timesteps"}
 REPEATS = 5  # timed calls of each way; the fastest of each counts
 
 
-class Compiled:
-    """A module's body, compiled by Inductor for each shape it meets and used where that is faster.
+class _Measured:
+    """A module's body in two ways: as it is, and another one, used for the shapes for which it is faster.
 
-    Takes the place of the module's ``forward``. The first call with new shapes compiles, which takes from seconds to
-    minutes, and times both ways; what was decided is appended to ``notes``.
+    Takes the place of the module's ``forward``. The first call with new shapes times both ways; what was decided is
+    appended to ``notes``.
 
     Args:
         usual: the module's forward.
-        update: called before every compiled call.
+        weights: ``weights.update()`` is called before every call, for what is derived from them.
     """
 
-    def __init__(self, usual: Callable, notes: list[str], update: Callable[[], None]):
-        self._usual, self.notes, self._update = usual, notes, update
-        self._compiled: Callable | None = None
+    def __init__(self, usual: Callable, notes: list[str], weights):
+        self._usual, self.notes, self._weights = usual, notes, weights
         self._chosen: dict[tuple, Callable] = {}
+
+    def _race(self, other: Callable, args: tuple, kwargs: dict) -> Callable:
+        usual, seconds = race((self._usual, other), args, kwargs)
+        self.notes.append(
+            f"compile: {seconds * 1e3:.3g} ms against {usual * 1e3:.3g} ms for {tuple(args[0].shape)}; "
+            f"{'used' if seconds < usual else 'not used'}"
+        )
+        return other if seconds < usual else self._usual
+
+    def __deepcopy__(self, memo):
+        return type(self)(*(deepcopy(part, memo) for part in (self._usual, self.notes, self._weights)))
+
+
+class Compiled(_Measured):
+    """A body compiled by Inductor for each shape it meets, which takes from seconds to minutes."""
+
+    _compiled: Callable | None = None
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._usual(*args, **kwargs)
-        self._update()
+        self._weights.update()
         args, kwargs = _dense(args), _dense(kwargs)
         key = shapes_of((args, kwargs))
         if key not in self._chosen:
-            self._chosen[key] = self._choose(args, kwargs, key)
+            self._chosen[key] = self._choose(args, kwargs)
         return self._chosen[key](*args, **kwargs)
 
-    def _choose(self, args: tuple, kwargs: dict, key: tuple) -> Callable:
+    def _choose(self, args: tuple, kwargs: dict) -> Callable:
         if self._compiled is None:
             self._compiled = torch.compile(self._usual, dynamic=False, fullgraph=True)
         try:
@@ -51,15 +69,36 @@ class Compiled:
             reason = str(error).strip().splitlines()[0]
             self.notes.append(f"compile: not possible here ({reason}); the exact tier is used")
             return self._usual
-        usual, compiled = race((self._usual, self._compiled), args, kwargs)
-        self.notes.append(
-            f"compile: {compiled * 1e3:.3g} ms against {usual * 1e3:.3g} ms for {key[0][0]}; "
-            f"{'used' if compiled < usual else 'not used'}"
-        )
-        return self._compiled if compiled < usual else self._usual
+        return self._race(self._compiled, args, kwargs)
+
+
+class Blocks(_Measured):
+    """A body whose modules use the C++ blocks of `cpu_blocks` while its ``switch`` is on."""
+
+    def __init__(self, usual: Callable, notes: list[str], weights: PackedWeights, switch: Switch):
+        super().__init__(usual, notes, weights)
+        self._switch = switch
+
+    def __call__(self, *args, **kwargs):
+        x = args[0]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu:
+            return self._usual(*args, **kwargs)
+        self._weights.update()
+        key = x.shape, x.dtype, torch.get_num_threads()
+        way = self._chosen.get(key)
+        if way is None:
+            way = self._chosen[key] = self._race(self._in_blocks, args, kwargs)
+        return way(*args, **kwargs)
+
+    def _in_blocks(self, *args, **kwargs):
+        self._switch.on = True
+        try:
+            return self._usual(*args, **kwargs)
+        finally:
+            self._switch.on = False
 
     def __deepcopy__(self, memo):
-        return Compiled(*(deepcopy(part, memo) for part in (self._usual, self.notes, self._update)))
+        return Blocks(*(deepcopy(p, memo) for p in (self._usual, self.notes, self._weights, self._switch)))
 
 
 def _map(value, change: Callable[[Tensor], Tensor]):
