@@ -1,18 +1,22 @@
-"""The arms of the latency benchmark: how each is called, and the gate that their outputs pass before any timing."""
+"""The arms of the latency benchmark: how each is called, the gate that their outputs pass before any timing, and what
+the samplers alone cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from benchmarks import timing
 from benchmarks.metrics import paired_rmse
 from benchmarks.rivals import CountCalls, karras_sigmas, noise_for, reference_run
 from tdpm_ext import sample, sample_tdpm
 from tdpm_ext.optional import import_k_diffusion
 
 RIVAL = "dpmpp_2m"
+PRIOR_METHODS = ("start", "sample", "denoise", "transport")
 LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # rmse between two routes to one picture
 
 
@@ -29,6 +33,7 @@ class Setup:
     sigma_max: float = 80.0
     sigma_min: float = 0.02
     limit: float = 1e-3
+    seconds: float | None = None  # that fitting and calibrating the prior took, if known
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
         return noise_for(range(seed, seed + count), self.prior.shape).to(self.device)
@@ -114,3 +119,31 @@ def check_outputs(arms: list[Arm], setup: Setup, count: int, seed: int) -> tuple
             rival = f"{RIVAL}@{arm.budget}"
             check(arm, f"rmse to the reference against {rival}", rmses[arm.name], 1.02 * rmses[rival])
     return checks, rmses
+
+
+def time_overhead(prior, steps: tuple[int, ...], rounds: int, progress: bool = True) -> list[dict]:
+    """Microseconds per step of the samplers alone: one picture, a model that returns a stored tensor, on the CPU.
+
+    The time inside the prior is measured in the same calls and taken off.
+    """
+    denoised = torch.zeros(1, *prior.shape)
+    setup = Setup(lambda x, sigma, **_: denoised, prior, torch.device("cpu"))
+    z, clock, calls = setup.noise(1, 0), timing.Clock(setup.device), {}
+    for n in steps:
+        for sampler in ("euler", RIVAL, "tdpm"):
+            calls[sampler, n] = Arm(sampler, n).ready(setup, z)
+        sigmas = karras_sigmas(n, setup.sigma_max, setup.sigma_min, 7.0)
+        unused = partial(sample_tdpm, setup.model, z * setup.sigma_max, sigmas, prior=prior, init="never", disable=True)
+        calls["tdpm, prior not used", n] = unused
+        prior.plans.setdefault("fidelity", {}).setdefault(n, prior.plan_for(n))  # looked up, as when calibrated
+    with timing.Stopwatch(clock).methods_of(prior, PRIOR_METHODS) as inside:
+        title = "overhead" if progress else None
+        times = timing.interleave(calls, clock, rounds, 1 + rounds // 5, title, excluded=inside)
+    found = {key: timing.summary(ms) for key, ms in times.items()}
+    rows = []
+    for (sampler, n), one in found.items():
+        per_step = {f"{key}_us_per_step": one[f"{key}_ms"] * 1e3 / n for key in ("min", "p50")}
+        fewest, most = (found[sampler, m]["min_ms"] for m in (min(steps), max(steps)))
+        further = (most - fewest) * 1e3 / max(1, max(steps) - min(steps))
+        rows.append({"arm": sampler, "steps": n, "runs": one["runs"], "further_step_us": further} | per_step)
+    return rows

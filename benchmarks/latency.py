@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py --checkpoint assets/fashion-mnist/denoiser.safetensors --json out/latency.json
     python benchmarks/latency.py --overhead            # the samplers themselves, on a model that does nothing
+    python benchmarks/latency.py --network cifar10 --batch 1 16   # one call, random weights: eager, channels_last, ..
 
 What each figure is (all in milliseconds; the device is named above the table, CPU figures say CPU):
   min/p50/p90    one whole call from noise to finished pictures, the prior included; the arms take turns in one
@@ -32,7 +33,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,12 +40,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import timing  # noqa: E402
-from benchmarks.arms import LIMITS, RIVAL, Arm, Setup, check_outputs  # noqa: E402
-from benchmarks.rivals import karras_sigmas  # noqa: E402
-from tdpm_ext import calibrate, fit_prior, load_prior, open_checkpoint, sample_tdpm, save_prior  # noqa: E402
-
-PRIOR_METHODS = ("start", "sample", "denoise", "transport")
+from benchmarks import calls, records, timing  # noqa: E402
+from benchmarks.arms import LIMITS, PRIOR_METHODS, RIVAL, Arm, Setup, check_outputs, time_overhead  # noqa: E402
+from benchmarks.networks import NETWORKS  # noqa: E402
+from tdpm_ext import calibrate, fit_prior, load_prior, open_checkpoint, save_prior  # noqa: E402
 
 
 def break_down(arm: Arm, setup: Setup, z: torch.Tensor, runs: int) -> dict:
@@ -89,32 +87,21 @@ def speedups(rows: list[dict]) -> list[dict]:
     ]
 
 
-def time_overhead(prior, steps: tuple[int, ...], rounds: int, progress: bool = True) -> list[dict]:
-    """Microseconds per step of the samplers alone: one picture, a model that returns a stored tensor, on the CPU.
-
-    The time inside the prior is measured in the same calls and taken off.
-    """
-    denoised = torch.zeros(1, *prior.shape)
-    setup = Setup(lambda x, sigma, **_: denoised, prior, torch.device("cpu"))
-    z, clock, calls = setup.noise(1, 0), timing.Clock(setup.device), {}
-    for n in steps:
-        for sampler in ("euler", RIVAL, "tdpm"):
-            calls[sampler, n] = Arm(sampler, n).ready(setup, z)
-        sigmas = karras_sigmas(n, setup.sigma_max, setup.sigma_min, 7.0)
-        unused = partial(sample_tdpm, setup.model, z * setup.sigma_max, sigmas, prior=prior, init="never", disable=True)
-        calls["tdpm, prior not used", n] = unused
-        prior.plans.setdefault("fidelity", {}).setdefault(n, prior.plan_for(n))  # looked up, as when calibrated
-    with timing.Stopwatch(clock).methods_of(prior, PRIOR_METHODS) as inside:
-        title = "overhead" if progress else None
-        times = timing.interleave(calls, clock, rounds, 1 + rounds // 5, title, excluded=inside)
-    found = {key: timing.summary(ms) for key, ms in times.items()}
-    rows = []
-    for (sampler, n), one in found.items():
-        per_step = {f"{key}_us_per_step": one[f"{key}_ms"] * 1e3 / n for key in ("min", "p50")}
-        fewest, most = (found[sampler, m]["min_ms"] for m in (min(steps), max(steps)))
-        further = (most - fewest) * 1e3 / max(1, max(steps) - min(steps))
-        rows.append({"arm": sampler, "steps": n, "runs": one["runs"], "further_step_us": further} | per_step)
-    return rows
+def break_even(rows: list[dict], seconds: float | None) -> list[dict]:
+    """Pictures after which ``seconds`` of fitting and calibrating are paid back, for every tdpm arm that is faster."""
+    found = []
+    for a in rows if seconds else ():
+        for b in rows:
+            saved = b["p50_ms_per_picture"] - a["p50_ms_per_picture"]
+            if (
+                a["arm"].startswith("tdpm")
+                and not b["arm"].startswith("tdpm")
+                and a["batch"] == b["batch"]
+                and saved > 0
+            ):
+                pictures = int(-(-seconds * 1e3 // saved))
+                found.append({"arm": a["arm"], "against": b["arm"], "batch": a["batch"], "pictures": pictures})
+    return found
 
 
 def first_pictures(arms: list[Arm], prior_path: Path, args: argparse.Namespace) -> list[dict]:
@@ -145,9 +132,11 @@ def load_setup(args: argparse.Namespace) -> Setup:
     common |= {"sigma_max": args.sigma_max, "sigma_min": args.sigma_min, "objective": args.objective}
     if args.prior:
         prior = load_prior(args.prior, args.device, expect_shape=opened.shape, expect_checkpoint=opened.fingerprint)
-        return Setup(opened.model, prior, limit=LIMITS[dtype], **common)
+        seconds = prior.card.get(f"{args.objective}_seconds")
+        return Setup(opened.model, prior, limit=LIMITS[dtype], seconds=seconds, **common)
     if device.type != "cpu":
         raise ValueError("on CUDA pass --prior FILE (make one with: tdpm fit, then tdpm calibrate)")
+    begin = time.perf_counter()
     prior = fit_prior("gaussian", args.data, sigma_max=args.sigma_max, checkpoint=opened.fingerprint)
     setup = Setup(opened.model, prior, limit=LIMITS[dtype], **common)
     extra = {k: v for k, v in setup.arguments(1).items() if k != "class_cond"}
@@ -156,7 +145,7 @@ def load_setup(args: argparse.Namespace) -> Setup:
         prior, opened.model, args.budgets, objective=args.objective, data=data, extra_args=extra,
         num_classes=opened.num_classes, sigma_min=args.sigma_min, samples=16 if args.quick else None,
     )  # fmt: skip
-    return setup
+    return replace(setup, seconds=time.perf_counter() - begin)
 
 
 def print_report(report: dict) -> None:
@@ -182,6 +171,9 @@ def print_report(report: dict) -> None:
     for s in report["speedups"]:
         kept = f"rmse {rmse[s['arm']]:.3f} against {rmse[s['against']]:.3f}"
         print(f"{s['arm']} takes 1/{s['ratio']:.2f} of the time of {s['against']} at batch {s['batch']} ({kept})")
+    for e in report.get("break_even", ()):
+        against = f"{e['against']} at batch {e['batch']}"
+        print(f"{e['arm']} has paid back its prior's fit after {e['pictures']} pictures, against {against}")
     if report["speedups"] and report["settings"]["objective"] == "quality":
         print("these are quality plans: they are meant to differ from the reference; quality.py gives their distances")
     for r in report["overhead"]:
@@ -210,8 +202,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="write the report here")
     add("--quick", action="store_true", help="3 rounds, small checks, no fresh processes: to see that it runs")
     add("--overhead", action="store_true", help="time the samplers alone, on a model that does nothing")
+    add("--network", choices=sorted(NETWORKS), help="time one call of this network with random weights instead")
+    add("--baselines", nargs="+", choices=calls.BASELINES, default=list(calls.BASELINES), help="for --network")
     add("--first", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.given = argv
     args.against = args.against or ([8] if args.quick else [8, 50])
     wrong = [n for n in (*args.batch, *args.budgets, *args.against, args.rounds or 1) if n < 1]
     if wrong:
@@ -222,7 +217,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def new_report(args: argparse.Namespace, device: torch.device) -> dict:
     env = timing.environment(device)
     unit = f"CPU figures: {env['name']}, {env['threads']} thread(s)" if device.type == "cpu" else f"GPU: {env['name']}"
-    told = {k: v for k, v in vars(args).items() if k not in ("first", "json")}
+    unsaid = ("first", "json", "given", "network", "baselines")
+    told = {k: v for k, v in vars(args).items() if k not in unsaid}
     settings = {k: shown(v) if isinstance(v, Path) else v for k, v in told.items()}
     report = {"schema": timing.SCHEMA_NAME, "label": f"{unit}; torch {env['torch']}", "environment": env}
     report |= {"mode": "overhead" if args.overhead else "latency", "settings": settings, "agreed": True}
@@ -231,8 +227,6 @@ def new_report(args: argparse.Namespace, device: torch.device) -> dict:
 
 def measure(args: argparse.Namespace) -> dict:
     """The whole report: gate, timing, first pictures; or the overhead of the samplers alone."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device here: use --device cpu")
     report = new_report(args, torch.device(args.device))
     rounds = args.rounds or (300 if args.overhead else 3 if args.quick else 15)
     if args.overhead:
@@ -253,6 +247,7 @@ def measure(args: argparse.Namespace) -> dict:
     for batch in args.batch:
         report["arms"] += time_arms(arms, setup, batch, rounds, 1 if args.quick else 3, rmses, args.seed)
     report["speedups"] = speedups(report["arms"])
+    report["break_even"] = break_even(report["arms"], setup.seconds)
     return report
 
 
@@ -267,11 +262,24 @@ def first(args: argparse.Namespace) -> int:
     return 0
 
 
+def network(args: argparse.Namespace) -> int:
+    """One call of a network with random weights, by every baseline."""
+    record = calls.measure(args)
+    if args.json:
+        records.write(record, args.json)
+    print(calls.show(record))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but torch sees no CUDA device here: use --device cpu")
         if args.first:
             return first(args)
+        if args.network:
+            return network(args)
         report = measure(args)
         if args.json:
             timing.write_report(report, args.json)

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))
 
 K = pytest.importorskip("k_diffusion", exc_type=ImportError)
 
-from benchmarks import arms, latency, records, timing  # noqa: E402
+from benchmarks import arms, calls, latency, networks, records, timing  # noqa: E402
 from benchmarks.rivals import karras_sigmas, noise_for  # noqa: E402
 from tdpm_ext import fit_prior, load_prior, open_checkpoint, save_prior  # noqa: E402
 
@@ -313,3 +313,47 @@ def test_speedups_of_disagreeing_outputs_and_other_versions_are_refused(tmp_path
     with pytest.raises(ValueError, match="tdpm-latency/2"):
         timing.write_report(VALID | {"schema": "tdpm-latency/2"}, tmp_path / "report.json")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- networks with random weights
+
+
+def test_a_network_is_timed_by_every_baseline_and_labelled(tmp_path, monkeypatch, capsys):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x) * 2
+
+    tiny = networks.Network("a tiny network", 0.0, Twice, lambda n: ((torch.randn(n, 3, 8, 8),), {}))
+    monkeypatch.setitem(networks.NETWORKS, "cifar10", tiny)
+    means = ["--baselines", "channels_last", "accelerate", "--batch", "1", "2", "--rounds", "3"]
+    path = tmp_path / "calls.json"
+    assert latency.main(["--network", "cifar10", *means, "--json", str(path)]) == 0
+    record = records.read(path)
+    assert [(r["batch"], r["baseline"]) for r in record["calls"]] == [
+        (b, n) for b in (1, 2) for n in ("eager", "channels_last", "accelerate")
+    ]
+    assert "random weights: latency only" in record["label"] and "CPU figures" in capsys.readouterr().out
+    assert all(r["error"] < 1e-4 and r["first_s"] > 0 and r["runs"] == 3 for r in record["calls"])
+
+
+def test_a_baseline_that_gives_something_else_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(calls, "ready", lambda name, model: model if name == "eager" else lambda *a, **k: model(*a) + 1)
+    tiny = networks.Network("tiny", 0.0, torch.nn.Flatten, lambda n: ((torch.randn(n, 3),), {}))
+    monkeypatch.setitem(networks.NETWORKS, "cifar10", tiny)
+    monkeypatch.setattr(networks, "build", lambda *_: torch.nn.Flatten())
+    assert latency.main(["--network", "cifar10", "--baselines", "channels_last", "--batch", "2"]) == 2
+    assert "nothing was timed" in capsys.readouterr().err
+
+
+def test_what_is_paid_once_is_paid_back_after_so_many_pictures():
+    assert calls.break_even(31.0, 1.0, 50.0, 20.0, 2) == 2000  # 30 s at 15 ms a picture
+    assert calls.break_even(31.0, 1.0, 20.0, 20.0, 2) is None
+    assert calls.break_even(0.5, 1.0, 50.0, 20.0, 2) == 0
+    rows = [{"arm": a, "batch": 1, "p50_ms_per_picture": ms} for a, ms in (("tdpm@4", 20.0), ("dpmpp_2m@8", 50.0))]
+    found = latency.break_even(rows, 300.0)
+    assert found == [{"arm": "tdpm@4", "against": "dpmpp_2m@8", "batch": 1, "pictures": 10_000}]
+    assert latency.break_even(rows, None) == []
