@@ -83,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser, positive, positive_float) -> No
     parser.add_argument(
         "--precision", choices=("no", "tf32", "bf16"), default="no", help="on a GPU (default no: float32)"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks; no CUDA graphs then")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--config", type=Path, help="k-diffusion config JSON, if the checkpoint has none or another")
 
 

@@ -119,9 +119,9 @@ class FeatureDiscriminator(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.judge(self.see(x, sigma, cond), sigma, cond)
 
-    def features(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The heads' outputs, [B, width]: what a transport cost compares."""
-        return self._pooled(self.see(x, sigma, cond))
+    def features(self, x: Tensor | list[Tensor], sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The heads' outputs [B, width], of pictures or of what `see` gave: what a transport cost compares."""
+        return self._pooled(self.see(x, sigma, cond) if isinstance(x, Tensor) else x)
 
     def _pooled(self, seen: list[Tensor]) -> Tensor:
         return torch.cat([head(feature) for head, feature in zip(self.heads, seen, strict=True)], 1)

@@ -1,7 +1,8 @@
 """What a learned prior is trained on: four losses behind two calls, ``discriminator(...)`` and ``generator(...)``.
 
 Adversarial losses compare noised pictures: ``real`` and ``fake`` are [B, ...] at noise levels ``sigma`` [B], both
-noised alike by the caller, and ``disc(x, sigma, cond) -> [B]`` scores them. Nothing here draws a random number or owns
+noised alike by the caller, and ``disc(x, sigma, cond) -> [B]`` scores them (or, both alike, lists of features that
+``disc.see`` made of them, which ``disc.judge`` scores). Nothing here draws a random number or owns
 an optimizer, and every mean is over rows, so that the gradient over a batch is the mean of those over its halves
 (`ConditionalTransport` excepted: it compares every row with every other).
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Seen = Tensor | list[Tensor]  # pictures, or what a discriminator on fixed features has `see`n of them
 LOSSES = ("relativistic", "non_saturating", "transport")
 
 
@@ -44,19 +46,20 @@ def squared_gradient(scores: Tensor, seen: Sequence[Tensor]) -> Tensor:
     return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
 
 
-def scored(disc: Callable, x: Tensor, sigma: Tensor, cond) -> tuple[Tensor, list[Tensor]]:
+def scored(disc: Callable, x: Seen, sigma: Tensor, cond) -> tuple[Tensor, list[Tensor]]:
     """(scores [B], what they were computed from, ready for a penalty); nothing flows back to x.
 
-    A discriminator on fixed features has ``see(x, sigma, cond) -> features`` and ``judge(features, sigma, cond) ->
-    scores``; its slope is measured at the features. Any other is ``disc(x, sigma, cond)``, and x itself is what it saw.
+    A discriminator on fixed features judges what it has seen, a list of features; its slope is measured there.
     """
-    if not hasattr(disc, "see"):
+    if isinstance(x, Tensor):
         x = x.detach().requires_grad_()
         return disc(x, sigma, cond), [x]
-    with torch.no_grad():
-        found = disc.see(x, sigma, cond)
-    seen = [feature.detach().requires_grad_() for feature in found]
+    seen = [feature.detach().requires_grad_() for feature in x]
     return disc.judge(seen, sigma, cond), seen
+
+
+def _scores(disc: Callable, x: Seen, sigma: Tensor, cond) -> Tensor:
+    return disc(x, sigma, cond) if isinstance(x, Tensor) else disc.judge(x, sigma, cond)
 
 
 def _unmeasured(like: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class Relativistic:
         self.gamma = _not_negative("gamma", gamma)
 
     def discriminator(
-        self, disc: Callable, real: Tensor, fake: Tensor, sigma: Tensor, cond=None, step: int = 0
+        self, disc: Callable, real: Seen, fake: Seen, sigma: Tensor, cond=None, step: int = 0
     ) -> DiscriminatorLoss:
         """``fake`` is taken as it stands: no gradient flows to what made it."""
         (real_scores, real), (fake_scores, fake) = (scored(disc, x, sigma, cond) for x in (real, fake))
@@ -88,10 +91,10 @@ class Relativistic:
         total = F.softplus(fake_scores - real_scores).mean() + 0.5 * self.gamma * slopes
         return DiscriminatorLoss(total, real_scores.detach(), fake_scores.detach(), 0.5 * slopes.detach())
 
-    def generator(self, disc: Callable, real: Tensor, fake: Tensor, sigma: Tensor, cond=None) -> Tensor:
+    def generator(self, disc: Callable, real: Seen, fake: Seen, sigma: Tensor, cond=None) -> Tensor:
         with torch.no_grad():
-            real_scores = disc(real, sigma, cond)
-        return F.softplus(real_scores - disc(fake, sigma, cond)).mean()
+            real_scores = _scores(disc, real, sigma, cond)
+        return F.softplus(real_scores - _scores(disc, fake, sigma, cond)).mean()
 
 
 class NonSaturating:
@@ -114,7 +117,7 @@ class NonSaturating:
         self.every = every
 
     def discriminator(
-        self, disc: Callable, real: Tensor, fake: Tensor, sigma: Tensor, cond=None, step: int = 0
+        self, disc: Callable, real: Seen, fake: Seen, sigma: Tensor, cond=None, step: int = 0
     ) -> DiscriminatorLoss:
         """``step`` counts from 0 and says whether this one carries the penalty."""
         (real_scores, seen), (fake_scores, _) = (scored(disc, x, sigma, cond) for x in (real, fake))
@@ -126,8 +129,8 @@ class NonSaturating:
             penalty = slope.detach()
         return DiscriminatorLoss(total, real_scores.detach(), fake_scores.detach(), penalty)
 
-    def generator(self, disc: Callable, real: Tensor, fake: Tensor, sigma: Tensor, cond=None) -> Tensor:
-        return F.softplus(-disc(fake, sigma, cond)).mean()
+    def generator(self, disc: Callable, real: Seen, fake: Seen, sigma: Tensor, cond=None) -> Tensor:
+        return F.softplus(-_scores(disc, fake, sigma, cond)).mean()
 
 
 class ConditionalTransport(nn.Module):
@@ -167,16 +170,13 @@ class ConditionalTransport(nn.Module):
         to_fake = (torch.softmax(-apart, 0) * expense).sum(0).mean()
         return self.rho * to_fake + (1 - self.rho) * to_real
 
-    def discriminator(
-        self, disc, real: Tensor, fake: Tensor, sigma: Tensor, cond=None, step: int = 0
-    ) -> DiscriminatorLoss:
+    def discriminator(self, disc, real: Seen, fake: Seen, sigma: Tensor, cond=None, step: int = 0) -> DiscriminatorLoss:
         """The critic's step; ``real`` and ``fake`` stand for distances to the other batch in place of scores."""
-        real_features = disc.features(real.detach(), sigma, cond)
-        fake_features = disc.features(fake.detach(), sigma, cond)
+        real_features, fake_features = (disc.features(_detached(x), sigma, cond) for x in (real, fake))
         cost = self.cost(real_features, fake_features, _labels(cond))
         return DiscriminatorLoss(-cost, cost.detach()[None], -cost.detach()[None], _unmeasured(cost))
 
-    def generator(self, disc, real: Tensor, fake: Tensor, sigma: Tensor, cond=None) -> Tensor:
+    def generator(self, disc, real: Seen, fake: Seen, sigma: Tensor, cond=None) -> Tensor:
         return self.cost(disc.features(real, sigma, cond), disc.features(fake, sigma, cond), _labels(cond))
 
 
@@ -198,6 +198,10 @@ class Regression:
         """prediction, target: [B, ...] -> the mean over the batch."""
         error = (prediction - target).flatten(1).square().mean(1)
         return ((error + self.huber**2).sqrt() - self.huber).mean() if self.huber else error.mean()
+
+
+def _detached(x: Seen) -> Seen:
+    return x.detach() if isinstance(x, Tensor) else [feature.detach() for feature in x]
 
 
 def adversarial_loss(name: str, *, gamma: float = 0.1, every: int = 8, features: int = 0):

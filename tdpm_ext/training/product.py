@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from tdpm_ext.plan import Plan
 from tdpm_ext.priors.generator import GeneratorPrior
 from tdpm_ext.priors.learned import NETWORK, LearnedPrior
 from tdpm_ext.priors.networks import Generator
@@ -60,6 +61,10 @@ def finished(prior: LearnedPrior, options: Options, checkpoint: str | None, abou
         **about,
         "created_by": f"tdpm_ext {_version()}",
     }
+    if options.finish:  # the way that was trained; `calibrate` adds those for other budgets
+        plan = Plan((*options.finish, 0.0), (2,) * len(options.finish))
+        aims = {"quality": options.adversarial, "fidelity": options.regression}
+        done.plans = {aim: {plan.steps: plan} for aim, weight in aims.items() if weight}
     return done
 
 

@@ -1,8 +1,7 @@
-"""One step of training: a pure function of the batch and the state, on the CPU or as a CUDA graph."""
+"""One step of training: a pure function of the batch and the state."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -13,20 +12,18 @@ from torch.nn import functional as F
 from tdpm_ext.priors.learned import Start, level_like
 from tdpm_ext.solver import all_weights
 from tdpm_ext.training.data import Batch
-from tdpm_ext.training.losses import Regression, noised
+from tdpm_ext.training.losses import Regression, Seen, noised
 from tdpm_ext.training.options import Options
 
-log = logging.getLogger("tdpm_ext")
 STATS = ("discriminator", "prior", "real", "fake", "penalty", "regression", "denoising")
-WARM_UP = 3  # runs before a graph is captured, as torch asks for
 
 
-def adam(parameters: Sequence[Tensor], lr: float, betas: tuple[float, float], device: torch.device):
-    """Adam with its state made at once, so that saving, restoring and capturing know every tensor from the start."""
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, capturable=device.type == "cuda")
+def adam(parameters: Sequence[Tensor], lr: float, betas: tuple[float, float]):
+    """Adam with its state made at once, so that saving and restoring know every tensor from the start."""
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=device if device.type == "cuda" else None),
+            "step": torch.zeros(()),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
@@ -70,9 +67,9 @@ class Step:
         self.average, self.autocast, self.sigma_data, self.device = average, autocast, sigma_data, device
         self.regression = Regression(options.huber)
         self.trained = trained
-        self.optimizer = adam(trained, options.lr, (0.0 if options.adversarial else 0.9, 0.99), device)
+        self.optimizer = adam(trained, options.lr, (0.0 if options.adversarial else 0.9, 0.99))
         self.judging = [] if disc is None else list(disc.parameters())
-        self.disc_optimizer = None if disc is None else adam(self.judging, options.disc_lr, (0.0, 0.99), device)
+        self.disc_optimizer = None if disc is None else adam(self.judging, options.disc_lr, (0.0, 0.99))
 
     def __call__(self, batch: Batch, step: int) -> Tensor:
         """One update; returns float32 [len(STATS)], NaN where a term was not measured."""
@@ -91,7 +88,12 @@ class Step:
         if o.adversarial:
             fake = self.prior.lower(emitted, start, b.z, b.sigma) if final is None else noised(final, b.sigma, b.extra)
             real = noised(b.real, b.sigma, b.noise)
-            self._judge(real, fake.detach(), b, step, stats)
+            if hasattr(self.disc, "see"):  # its features stand still: seen once, they serve both sides
+                with self.autocast():
+                    fake = self.disc.see(fake, b.sigma, b.labels)
+                    with torch.no_grad():
+                        real = self.disc.see(real, b.sigma, b.labels)
+            self._judge(real, fake, b, step, stats)
             self.disc.requires_grad_(False)
             value = self.loss.generator(self.disc, real, fake, b.sigma, b.labels)
             self.disc.requires_grad_(True)
@@ -108,7 +110,7 @@ class Step:
         self._update(total, self.optimizer, self.trained)
         return torch.stack([stats[name].float() for name in STATS])
 
-    def _judge(self, real: Tensor, fake: Tensor, b: Batch, step: int, stats: dict) -> None:
+    def _judge(self, real: Seen, fake: Seen, b: Batch, step: int, stats: dict) -> None:
         found = self.loss.discriminator(self.disc, real, fake, b.sigma, b.labels, step)
         self._update(found.total, self.disc_optimizer, self.judging)
         stats["discriminator"], stats["penalty"] = found.total.detach(), found.penalty
@@ -143,54 +145,6 @@ class Step:
                 found[f"{group}.{i}"] = parameter.data
                 found |= {f"{group}.{i}.{name}": value for name, value in optimizer.state[parameter].items()}
         return found
-
-
-class GraphedStep:
-    """A `Step` captured as CUDA graphs, one for each kind of step; the plain one where capturing fails.
-
-    A small network's launches cost more than its arithmetic: replaying them as one graph is several times faster.
-    """
-
-    def __init__(self, step: Step):
-        self.step = step
-        self.inputs: Batch | None = None
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.failed = False
-
-    def __call__(self, batch: Batch, step: int) -> Tensor:
-        every = getattr(self.step.loss, "every", 1)
-        kind = step % every == 0
-        if not self.failed and kind not in self.graphs:
-            self._capture(batch, 0 if kind else 1, kind)
-        if self.failed:
-            return self.step(batch, step)
-        for mine, new in zip(self.inputs, batch, strict=True):
-            if mine is not None:
-                mine.copy_(new)
-        graph, out = self.graphs[kind]
-        graph.replay()
-        return out.clone()
-
-    def _capture(self, batch: Batch, step: int, kind: bool) -> None:
-        if self.inputs is None:
-            self.inputs = Batch(*(None if value is None else value.clone() for value in batch))
-        before = {name: value.clone() for name, value in self.step.tensors().items()}
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self.step(self.inputs, step)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = self.step(self.inputs, step)
-            self.graphs[kind] = (graph, out)
-        except Exception as error:  # whatever a capture cannot hold: the plain step does the same
-            self.failed = True
-            log.warning("the step cannot be captured as a CUDA graph (%s): it runs operation by operation", error)
-        for name, value in self.step.tensors().items():
-            value.copy_(before[name])
 
 
 def mean_gradients(accelerator) -> Callable[[Sequence[Tensor]], None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from tdpm_ext.decide import seeded_noise
 from tdpm_ext.schedule import karras
 from tdpm_ext.solver import solve
+from tdpm_ext.training.state import write_atomically
 
 FIRST_SEED = 70_000_000  # away from the seeds that people and benchmarks use
 ROWS = 512  # trajectories in one part
@@ -130,6 +130,4 @@ def _read(path: Path, name: str, rows: int) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, metadata))
-    os.replace(temporary, path)
+    write_atomically(path, save({key: value.contiguous() for key, value in tensors.items()}, metadata))

@@ -23,7 +23,7 @@ from tdpm_ext.training.options import Options
 from tdpm_ext.training.product import finished, new_prior, save_denoiser
 from tdpm_ext.training.show import plot_log, save_grid
 from tdpm_ext.training.state import load_state, save_state, write_atomically
-from tdpm_ext.training.step import STATS, GraphedStep, Step, mean_gradients, scores_apart
+from tdpm_ext.training.step import STATS, Step, mean_gradients, scores_apart
 from tdpm_ext.training.teacher import Teacher, draw_teacher
 from tdpm_ext.training.watch import Health, Watch
 
@@ -96,9 +96,7 @@ class Run:
         sigma_data = float(checkpoint.config["model"].get("sigma_data", 1.0))
         average = mean_gradients(accelerator)
         parts = (options, model, self.prior, disc, loss, self.trained, self.device, average, accelerator.autocast)
-        self.plain = Step(*parts, sigma_data)
-        graphed = self.device.type == "cuda" and processes == 1 and not compile_networks
-        self.update = GraphedStep(self.plain) if graphed else self.plain
+        self.update = Step(*parts, sigma_data)
         self.disc = disc
         self.mean = [p.detach().clone() for p in self.trained]
         watched = self.data.images if self.data.images is not None else self.teacher.final
@@ -147,7 +145,7 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: weights, both optimizers, the running means."""
-        return self.plain.tensors() | {f"mean.{i}": value for i, value in enumerate(self.mean)}
+        return self.update.tensors() | {f"mean.{i}": value for i, value in enumerate(self.mean)}
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -244,7 +242,7 @@ class Run:
         return f"step {self.step}: {what}; {kept}, the best prior best.safetensors beside it; {advice}"
 
     def _finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in (*self.trained, *self.plain.judging))
+        return all(bool(p.isfinite().all()) for p in (*self.trained, *self.update.judging))
 
     # -- what is written -----------------------------------------------------------------------------------------
 
