@@ -90,10 +90,10 @@ def test_the_chain_of_ddpm_has_the_variance_of_its_posterior_draws():
 
 
 def test_a_part_the_prior_never_draws_comes_back_at_high_noise_only(ring):
-    model = IdealDenoiser(ring.train[:1500])
-    back = []
+    points, parts, back = ring.train[:1500], ring.train_parts[:1500], []
+    model = IdealDenoiser(points)
     for sigma in (0.1 * STD, 20 * STD):
-        whole, less = toy_sampling.after_a_lost_part(model, ring.train[:1500], ring.train_parts[:1500], sigma, 12, 400, 0)
+        whole, less = toy_sampling.after_a_lost_part(model, points, parts, sigma, 12, 400, 0)
         back.append(ring.shares(less)[0][0] / ring.shares(whole)[0][0])
     assert back[0] < 0.02 and back[1] > 0.6
 
