@@ -96,7 +96,8 @@ class Contest:
 
     def _fit(self, kind: str, path: Path) -> None:
         print(f"{self.name}: fitting and calibrating the {kind} prior", flush=True)
-        prior = tdpm.fit_prior(kind, self.judge.fit, checkpoint=self.fingerprint)
+        rank = {"rank": self.args.rank} if self.args.rank and kind != "gaussian" else {}
+        prior = tdpm.fit_prior(kind, self.judge.fit, checkpoint=self.fingerprint, **rank)
         for objective in ("fidelity", "quality") if kind == self.args.priors[0] else ("quality",):
             start, samples = time.time(), self.args.calibration_samples
             tdpm.calibrate(

@@ -208,6 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--second", help="another feature network, for the verdict's points (a file, or efflite)")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS))
     add("--priors", nargs="+", default=list(PRIORS), help="closed-form kinds; the first also for fidelity")
+    add("--rank", type=int, help="principal axes of the mixture and lowrank priors (default: theirs)")
     add("--samples", type=int, default=2000, help="pictures per block of seeds (default 2000)")
     add("--blocks", type=int, default=3)
     add("--samplers", nargs="+", choices=sorted(SAMPLERS), help="rivals (default: all)")

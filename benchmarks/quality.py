@@ -127,7 +127,8 @@ def fitted_prior(bench: Bench):
     path = bench.work / "prior.safetensors"
     if path.exists():
         return tdpm.load_prior(path)
-    prior = tdpm.fit_prior(bench.args.kind, bench.fit, checkpoint=bench.checkpoint)
+    rank = {"rank": bench.args.rank} if bench.args.rank else {}
+    prior = tdpm.fit_prior(bench.args.kind, bench.fit, checkpoint=bench.checkpoint, **rank)
     settings = {"num_classes": bench.num_classes, "budgets": bench.args.budgets, "batch": bench.args.batch}
     for objective in ("fidelity", "quality"):
         start = time.time()
@@ -293,6 +294,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--judge-count", type=int, default=5000, help="pictures to judge by, at most (default 5000)")
     p.add_argument("--features", help="feature network file, or 'efflite' (extra [bench])")
     p.add_argument("--kind", default="mixture", help="prior kind (default mixture)")
+    p.add_argument("--rank", type=int, help="principal axes of the prior (default: its own)")
     p.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     p.add_argument("--samples", type=int, default=2000)
     p.add_argument("--tune-samples", type=int, nargs=2, default=[96, 400], metavar=("FEW", "MORE"))
