@@ -119,6 +119,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number from 0 to 2^63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """A finite number above zero."""
     try:
@@ -201,6 +208,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cond-scale", type=float, default=1.0, help="guidance scale, 1 = none (default 1)")
 
 
+def _prompts_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line, for checkpoints of text")
+
+
 def _sigma_max_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigma-max", type=positive_float, help="noise std at the start (default: the checkpoint's)")
 
@@ -218,13 +229,18 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     _data_options(parser, "to fit; without it the prior is fitted from the checkpoint itself")
     parser.add_argument("--no-data", action="store_true", help="say so: fit from the checkpoint itself, no pictures")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PRIOR", help="prior .safetensors to write")
-    parser.add_argument("--kind", default="mixture", help="kind of prior: gaussian, lowrank, mixture (default)")
+    parser.add_argument(
+        "--kind",
+        default="mixture",
+        help="kind of prior: gaussian, lowrank, mixture (default); with --prompts also text_lowrank, text_mixture",
+    )
     parser.add_argument(
         "--components", type=positive, help="mixture components (default: chosen by held-out likelihood)"
     )
     parser.add_argument("--rank", type=positive, help="rank of each covariance (default: chosen)")
     parser.add_argument("--unlabelled", action="store_true", help="ignore class folders and the checkpoint's labels")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it (default 0)")
+    _prompts_option(parser)
     _model_options(parser)
     _sigma_max_option(parser)
 
@@ -250,6 +266,7 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=positive, help="pictures per trial (default: calibrate's own)")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it (default 0)")
     parser.add_argument("-o", "--output", type=Path, metavar="PRIOR", help="write here instead of over PRIOR")
+    _prompts_option(parser)
     _model_options(parser)
 
 
@@ -265,7 +282,9 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective", choices=("fidelity", "quality"), help="which calibrated plans (default: fidelity if calibrated)"
     )
-    parser.add_argument("--seeds", type=numbers, default=list(range(16)), help="one picture a seed (default 0-15)")
+    parser.add_argument("--seeds", type=numbers, help="one picture a seed, as 0-15 or 3,7 (default 0-15)")
+    parser.add_argument("--seed", type=whole, help="the first of -n seeds, instead of --seeds")
+    parser.add_argument("-n", "--count", type=positive, help="pictures (of each prompt or class; default 16)")
     parser.add_argument(
         "--class", dest="classes", type=numbers, metavar="CLASS", help="labels, as 3 or 0-9: every seed for each label"
     )
@@ -284,6 +303,12 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="exact (default): the same pictures to rounding, faster; half, compile: change them a little, and are "
         "taken only where a measurement at the first call finds them faster (compiling takes minutes)",
+    )
+    parser.add_argument("--prompt", action="append", help="what to draw; may be given several times")
+    _prompts_option(parser)
+    parser.add_argument("--negative-prompt", metavar="PROMPT", help="what to guide away from; needs --cond-scale")
+    parser.add_argument(
+        "--vae", type=Path, help="auto-encoder of a latent checkpoint (default: vae.safetensors beside it)"
     )
     parser.add_argument("--sigma-min", type=positive_float, help="last noise std (default: the checkpoint's)")
     _sigma_max_option(parser)

@@ -20,7 +20,6 @@ DEFAULT_SIGMA_MAX = 80.0
 def fit(args: argparse.Namespace) -> None:
     """``tdpm fit``: write a prior fitted from pictures, or from the checkpoint itself."""
     from tdpm_ext.fit import fit_prior
-    from tdpm_ext.priors.io import save_prior
 
     if args.checkpoint is None and args.data is None:
         raise ValueError("nothing to fit from: give a CHECKPOINT, or --data PICTURES, or both")
@@ -28,6 +27,10 @@ def fit(args: argparse.Namespace) -> None:
         raise ValueError("--no-data fits from the checkpoint itself: give a CHECKPOINT and no --data")
     check_output(args.output)
     checkpoint = None if args.checkpoint is None else open_for(args)
+    if args.prompts is not None:
+        from tdpm_ext.text_job import fit as fit_to_prompts
+
+        return _keep(fit_to_prompts(args, checkpoint), args.output)
     options = {k: getattr(args, k) for k in ("components", "rank") if getattr(args, k) is not None}
     options |= {"sigma_max": start_sigma(args, checkpoint), "cond_scale": args.cond_scale, "seed": args.seed}
     options["checkpoint"] = None if checkpoint is None else checkpoint.fingerprint
@@ -39,9 +42,14 @@ def fit(args: argparse.Namespace) -> None:
         if args.unlabelled:
             source["data"].labels = None
         _check_classes(args, source["data"], checkpoint)
-    prior = fit_prior(args.kind, **source, **options, progress=sys.stderr.isatty())
-    save_prior(prior, args.output)
-    print(f"{prior.kind} prior for {_shape(prior.shape)}, sigma_trunc {prior.sigma_trunc:.4g}: {args.output}")
+    _keep(fit_prior(args.kind, **source, **options, progress=sys.stderr.isatty()), args.output)
+
+
+def _keep(prior, path: Path) -> None:
+    from tdpm_ext.priors.io import save_prior
+
+    save_prior(prior, path)
+    print(f"{prior.kind} prior for {_shape(prior.shape)}, sigma_trunc {prior.sigma_trunc:.4g}: {path}")
 
 
 def calibrate(args: argparse.Namespace) -> None:
@@ -65,9 +73,15 @@ def calibrate(args: argparse.Namespace) -> None:
         options["samples"] = args.samples
     if args.data is not None:
         options["data"] = read_pictures(args, checkpoint.shape)
+    model, options["extra_args"] = checkpoint.model, {}
+    if args.prompts is not None:
+        from tdpm_ext.text_job import calibration
+
+        options.setdefault("samples", 48)
+        model, options["extra_args"] = calibration(args, checkpoint, options["samples"])
     if args.cond_scale != 1.0:
-        options["extra_args"] = {"cond_scale": args.cond_scale}
-    prior = run(prior, checkpoint.model, tuple(args.budgets), objective=args.objective, **options)
+        options["extra_args"]["cond_scale"] = args.cond_scale
+    prior = run(prior, model, tuple(args.budgets), objective=args.objective, **options)
     save_prior(prior, output)
     print("\n".join(plan_lines(args.objective, prior.plans[args.objective])))
     print(f"calibrated for {args.objective}: {output}")

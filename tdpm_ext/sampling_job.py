@@ -21,6 +21,7 @@ from tdpm_ext.grid import picture_grid, save_png, to_image
 from tdpm_ext.optional import import_k_diffusion
 from tdpm_ext.pictures import to_uint8
 from tdpm_ext.schedule import karras
+from tdpm_ext.text_job import Prompted, open_prompted
 
 GRID_PICTURES = 1000  # a larger grid would be no picture any more; the single files are all written
 GRID_COLUMNS = 10
@@ -29,14 +30,15 @@ TWO_STEP_SAMPLERS = ("dpmpp_2m_sde", "dpmpp_3m_sde")  # k-diffusion's raise Unbo
 
 @dataclass(frozen=True)
 class Job:
-    """One picture: its seed and its label (None = unconditional)."""
+    """One picture: its seed and its label, a class or the number of a prompt (None = unconditional)."""
 
     seed: int
     label: int | None
+    kind: str = "class"
 
     @property
     def name(self) -> str:
-        label = "" if self.label is None else f"class_{self.label}_"
+        label = "" if self.label is None else f"{self.kind}_{self.label}_"
         return f"{label}seed_{self.seed:05d}.png"
 
 
@@ -48,9 +50,10 @@ def run(args: argparse.Namespace) -> None:
             "--sampler tdpm starts from a prior: give --prior PRIOR (tdpm fit makes one), or --sampler euler"
         )
     checkpoint = open_for(args)
-    if checkpoint.shape[0] not in (1, 3):
+    prompted = open_prompted(args, checkpoint)
+    if prompted is None and checkpoint.shape[0] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes {checkpoint.shape[0]}-channel arrays, which no PNG can show")
-    jobs = _jobs(args, checkpoint)
+    jobs = _jobs(args, checkpoint, prompted)
     device = next(checkpoint.model.parameters()).device
     sigmas = _sigmas(args, checkpoint)
     sampler = _sampler(args, checkpoint, device)
@@ -62,14 +65,14 @@ def run(args: argparse.Namespace) -> None:
         for first in range(0, len(jobs), args.batch):
             batch = jobs[first : first + args.batch]
             started = time.perf_counter()
-            pictures = _pictures(batch, args, checkpoint, sampler, sigmas.to(device))
+            pictures = _pictures(batch, args, checkpoint, prompted, sampler, sigmas.to(device))
             seconds += time.perf_counter() - started
             counter.batch_done()
             for job, picture in zip(batch, pictures, strict=True):
                 done.append(picture)
                 if folder is not None:
                     save_png(to_image(picture), folder / job.name)
-    save_png(_grid(jobs, done, args.classes), grid_file)
+    save_png(_grid(jobs, done, _row_labels(args, prompted)), grid_file)
     spent = f"{counter.calls + hidden} evaluations and {1000 * seconds / len(done):.1f} ms each on {device}"
     for note in handle.notes if handle else ():
         print(note, file=sys.stderr)
@@ -129,18 +132,30 @@ def _outputs(out: Path) -> tuple[Path | None, Path]:
     return out, out / "grid.png"
 
 
-def _jobs(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Job]:
-    count = checkpoint.num_classes
+def _seeds(args: argparse.Namespace) -> list[int]:
+    if args.seed is None and args.count is None:
+        return list(range(16)) if args.seeds is None else args.seeds
+    if args.seeds is not None:
+        raise ValueError("give either --seeds, or --seed and -n")
+    first = args.seed or 0
+    return list(range(first, first + (16 if args.count is None else args.count)))
+
+
+def _jobs(args: argparse.Namespace, checkpoint: Checkpoint, prompted: Prompted | None) -> list[Job]:
+    count, seeds = checkpoint.num_classes, _seeds(args)
+    if prompted is not None and args.classes is None:
+        numbers = range(len(prompted.prompts)) if prompted.prompts else [None]
+        return [Job(seed, number, "prompt") for number in numbers for seed in seeds]
     if args.classes is None:
         if args.cond_scale != 1.0:
             advice = f"give --class 0 to {count - 1}" if count else "this checkpoint takes no labels"
             raise ValueError(f"--cond-scale {args.cond_scale:g} guides towards a class: {advice}")
-        return [Job(seed, None) for seed in args.seeds]
+        return [Job(seed, None) for seed in seeds]
     wrong = [label for label in args.classes if label >= count]
     if wrong:
         known = f"its labels are 0 to {count - 1}" if count else "it takes no labels"
         raise ValueError(f"--class {wrong[0]} is not in this checkpoint: {known}")
-    return [Job(seed, label) for label in args.classes for seed in args.seeds]
+    return [Job(seed, label) for label in args.classes for seed in seeds]
 
 
 def _sigmas(args: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
@@ -196,21 +211,26 @@ def k_diffusion_samplers() -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def _pictures(batch: list[Job], args, checkpoint: Checkpoint, sampler, sigmas: Tensor) -> Tensor:
+def _pictures(
+    batch: list[Job], args, checkpoint: Checkpoint, prompted: Prompted | None, sampler, sigmas: Tensor
+) -> Tensor:
     """uint8 [B, C, H, W]. All randomness of a picture comes from its own seed, so its batch does not matter."""
     generators = [torch.Generator().manual_seed(job.seed) for job in batch]
     noise = torch.stack([torch.randn(checkpoint.shape, generator=g) for g in generators])
     x = noise.to(sigmas.device) * sigmas[0]
-    extra_args = {}
-    if args.classes is not None:
+    model, extra_args = checkpoint.model, {}
+    if prompted is not None:
+        model = prompted.model
+        extra_args = prompted.extra_args([job.label for job in batch], args.cond_scale, x.device)
+    elif args.classes is not None:
         labels = torch.tensor([job.label for job in batch], device=x.device)
         extra_args = {"class_cond": labels, "cond_scale": args.cond_scale}
     options = _noise_options(args.sampler, sampler, x, sigmas, generators, [job.seed for job in batch])
     with torch.no_grad():
-        x = sampler(checkpoint.model, x, sigmas, extra_args=extra_args, disable=True, **options)
+        x = sampler(model, x, sigmas, extra_args=extra_args, disable=True, **options)
     if not torch.isfinite(x).all():
         raise ValueError(f"the pictures are not finite numbers: {args.sampler} diverged at {args.steps} steps")
-    return to_uint8(x).cpu()
+    return to_uint8(x if prompted is None else prompted.space.decode(x)).cpu()
 
 
 def _noise_options(name: str, sampler, x: Tensor, sigmas: Tensor, generators: list, seeds: list[int]) -> dict:
@@ -228,18 +248,25 @@ def _noise_options(name: str, sampler, x: Tensor, sigmas: Tensor, generators: li
     return {"noise_sampler": draw}
 
 
-def _grid(jobs: list[Job], pictures: list[Tensor], classes: list[int] | None):
-    """A row a label and a column a seed; without labels, rows of ten seeds."""
-    if classes is not None:
-        seeds = [job.seed for job in jobs[: len(jobs) // len(classes)]]
-        shown = max(1, GRID_PICTURES // len(classes))
-        rows = [pictures[r * len(seeds) :][: len(seeds)][:shown] for r in range(len(classes))][:GRID_PICTURES]
-        labels = [f"class {label}" for label in classes][: len(rows)]
-        return picture_grid(rows, labels, [f"seed {seed}" for seed in seeds[:shown]])
+def _row_labels(args: argparse.Namespace, prompted: Prompted | None) -> list[str] | None:
+    """What stands beside the rows of the grid: prompts or classes; None where there is neither."""
+    if prompted is not None and prompted.prompts:
+        return prompted.captions()
+    return None if args.classes is None else [f"class {label}" for label in args.classes]
+
+
+def _grid(jobs: list[Job], pictures: list[Tensor], labels: list[str] | None):
+    """A row a label and a column a seed; without labels, or with one label and many seeds, rows of ten seeds."""
+    if labels is not None and (len(labels) > 1 or len(jobs) <= GRID_COLUMNS):
+        seeds = [job.seed for job in jobs[: len(jobs) // len(labels)]]
+        shown = max(1, GRID_PICTURES // len(labels))
+        rows = [pictures[r * len(seeds) :][: len(seeds)][:shown] for r in range(len(labels))][:GRID_PICTURES]
+        return picture_grid(rows, labels[: len(rows)], [f"seed {seed}" for seed in seeds[:shown]])
     pictures, seeds = pictures[:GRID_PICTURES], [job.seed for job in jobs[:GRID_PICTURES]]
     if len(pictures) <= GRID_COLUMNS:
         return picture_grid([pictures], None, [f"seed {seed}" for seed in seeds])
     starts = range(0, len(pictures), GRID_COLUMNS)
     spans = [seeds[i : i + GRID_COLUMNS] for i in starts]
-    labels = [f"seed {span[0]}" if len(span) == 1 else f"seeds {span[0]}-{span[-1]}" for span in spans]
-    return picture_grid([pictures[i : i + GRID_COLUMNS] for i in starts], labels)
+    names = [f"seed {span[0]}" if len(span) == 1 else f"seeds {span[0]}-{span[-1]}" for span in spans]
+    names[0] = names[0] if labels is None else f"{labels[0]}\n{names[0]}"
+    return picture_grid([pictures[i : i + GRID_COLUMNS] for i in starts], names)

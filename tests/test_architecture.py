@@ -49,6 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ideal": set(),
     "vae": set(),
     "text": set(),
+    "text_denoiser": {"text", "checkpoints"},
+    "latent": set(),
     "kernels": set(),
     "schedule": set(),
     "solver": {"schedule", "kernels"},  # kernels on CUDA only, inside a function
@@ -70,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }
 # The command line: may import every room, and no room imports it.
-FRONT = {"cli", "commands", "doctor", "install_job", "sampling_job", "training_job"}
+FRONT = {"cli", "commands", "doctor", "install_job", "sampling_job", "text_job", "training_job"}
 NEVER_AT_IMPORT = {"hosts", "kernels", "training"}  # of `import tdpm_ext`
 
 # Packages of others: what may stand at the top of a module, and what only inside functions.

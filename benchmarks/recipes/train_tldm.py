@@ -26,9 +26,9 @@ from benchmarks.recipes.embed_captions import STYLE_WORDS  # noqa: E402
 from benchmarks.recipes.timed import Budget, TimedRun  # noqa: E402
 from benchmarks.recipes.train_denoiser import save_atomically  # noqa: E402
 from benchmarks.tldm_data import CaptionSampler, Phrases, load_captions, load_pairs  # noqa: E402
-from tdpm_ext.checkpoints import fingerprint_tensors  # noqa: E402
 from tdpm_ext.pictures import to_unit  # noqa: E402
 from tdpm_ext.text import load_phrases  # noqa: E402
+from tdpm_ext.text_job import vae_fingerprint  # noqa: E402
 from tdpm_ext.vae import PictureVAE, load_vae  # noqa: E402
 
 JUDGED = 1024  # held-out pictures in the loss that is logged
@@ -99,7 +99,7 @@ def write(run: TimedRun, config: dict, vae: PictureVAE, path: Path) -> None:
     text = {
         "encoder": "all-MiniLM-L6-v2",
         "styles": list(STYLE_WORDS.values()),
-        "vae": fingerprint_tensors({name: value.half() for name, value in vae.state_dict().items()})[:16],
+        "vae": vae_fingerprint(vae),
         "scaling_factor": vae.scaling_factor,
     }
     meta = {"config": json.dumps(config | {"text": text}), "step": str(run.step), "seconds": f"{run.seconds:.0f}"}

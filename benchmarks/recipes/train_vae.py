@@ -69,7 +69,7 @@ def in_batches(function, images: Tensor, device: torch.device, batch: int = 256)
 
 def finish(vae: PictureVAE, train: Tensor, held_out: Tensor, path: Path, device: torch.device, notes: dict) -> str:
     """Set the scaling factor, write the file, and judge what was written; returns a line about it."""
-    vae.eval().scaling_factor = 1.0
+    vae.eval()
     vae.scaling_factor = 1 / in_batches(vae.encode, train, device).std().item()
     vae.notes = notes
     save_vae(vae, path)
