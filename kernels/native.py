@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tdpm_ext.kernels import reference
 
-MANY = 20_000  # values from which oneDNN's GELU pays in channels_last
+MANY = 20_000  # values from which oneDNN's GELU pays: a call of it costs more than a small array
 
 
 def group_norm(
@@ -72,10 +72,12 @@ def near_zero(x: Tensor, groups: int) -> Tensor:
 
 
 def gelu(y: Tensor) -> Tensor:
-    """GELU (erf) of a tensor that is not needed any more, in its memory format."""
-    if y.dim() == 4 and y.is_cpu and y.numel() >= MANY:
-        return functional.gelu(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # contiguous, for oneDNN's: it is faster
-    return torch.ops.aten.gelu_(y)
+    """GELU (erf) of a tensor, in its memory format."""
+    if y.dim() != 4 or not y.is_cpu:
+        return functional.gelu(y)
+    if y.numel() >= MANY:
+        return functional.gelu(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # contiguous, for oneDNN's
+    return functional.gelu(y.mT).mT if y.is_contiguous() else functional.gelu(y)  # not contiguous, for torch's own
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
@@ -107,25 +109,27 @@ def sampler_step(
 ) -> tuple[Tensor, Tensor]:
     """`reference.sampler_step` in place, on float32 or float64 tensors of one dtype."""
     shape = x.shape
-    glance = (
-        len(c) == len(previous)
-        and not (d and noise is None)
-        and (c_skip is None) == (c_out is None)
-        and (model_input is None or (c_skip is not None and model_input.shape == shape))
-        and denoised.shape == shape
-        and (noise is None or noise.shape == shape)
-        and (uncond is None or uncond.shape == shape)
-    )
-    for older in previous:
-        glance = glance and older.shape == shape
+    glance = len(c) == len(previous) and denoised.shape == shape
+    if noise is not None:
+        glance = glance and noise.shape == shape
+    elif d:
+        glance = False
+    if uncond is not None:
+        glance = glance and uncond.shape == shape
+    if c_skip is not None or c_out is not None or model_input is not None:
+        both = c_skip is not None and c_out is not None
+        glance = glance and both and (model_input is None or model_input.shape == shape)
+    arguments = x, denoised, previous, c, noise, d, uncond, c_skip, c_out, model_input
     if not glance:
-        reference.check_sampler_step(x, denoised, previous, c, noise, d, uncond, c_skip, c_out, model_input)
+        reference.check_sampler_step(*arguments)
     if uncond is not None:
         denoised = torch.sub(denoised, uncond).mul_(cond_scale).add_(uncond)
     if c_skip is not None:
         denoised = torch.mul(denoised, c_out).add_(x if model_input is None else model_input, alpha=c_skip)
-    y = torch.mul(x, a).add_(denoised, alpha=b)
+    y = x.mul(a).add_(denoised, alpha=b)
     for factor, older in zip(c, previous, strict=True):
+        if older.shape != shape:
+            reference.check_sampler_step(*arguments)
         y.add_(older, alpha=factor)
     if noise is not None:
         y.add_(noise, alpha=d)

@@ -244,12 +244,12 @@ def sampler_step(
 
 
 def _step_backend(x, denoised, previous, noise, uncond, model_input) -> str:
-    others = (denoised, *previous, noise, uncond, model_input)
-    request = registry.requested("sampler_step")
-    needs_grad = torch.is_grad_enabled() and facts.needs_grad(x, *others)
     dtype, mixed = x.dtype, False
-    for t in others:
-        mixed = mixed or (t is not None and t.dtype != dtype)
+    for t in (denoised, noise, uncond, model_input, *previous):
+        if t is not None and t.dtype != dtype:
+            mixed = True
+    request = registry.requested("sampler_step")
+    needs_grad = torch.is_grad_enabled() and facts.needs_grad(x, denoised, *previous, noise, uncond, model_input)
     if x.is_cpu and request == "auto" and not needs_grad and not mixed and dtype in registry.EXACT:
         return "native"
     machine = facts.machine(x)
