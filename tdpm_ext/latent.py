@@ -78,9 +78,11 @@ class LatentSpace:
 
 
 def _setting(autoencoder, name: str):
+    """A setting from the config where it has it (None included: diffusers warns of the other way), or an attribute."""
     config = getattr(autoencoder, "config", None)
-    found = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-    return getattr(autoencoder, name, None) if found is None else found
+    if isinstance(config, dict):
+        return config[name] if name in config else getattr(autoencoder, name, None)
+    return getattr(config, name) if hasattr(config, name) else getattr(autoencoder, name, None)
 
 
 def _latents(encoded) -> Tensor:
