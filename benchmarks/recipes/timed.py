@@ -44,9 +44,15 @@ class Budget:
 
 
 class TimedRun:
-    """Weights, their moving average (EMA), optimizer and clock of one network, kept in ``folder/state.safetensors``."""
+    """Weights, their moving average (EMA), optimizer and clock of one network, kept in ``folder/state.safetensors``.
 
-    def __init__(self, net: nn.Module, folder: Path, device: torch.device, budget: Budget, *, ema=0.999, decay=1e-3):
+    Step k draws from a generator seeded by ``seed`` and k, so that an interrupted run sees what it would have seen.
+    """
+
+    def __init__(
+        self, net: nn.Module, folder: Path, device: torch.device, budget: Budget, *, seed=0, ema=0.999, decay=1e-3
+    ):
+        self.seed = seed
         self.net, self.folder, self.device, self.budget = net.to(device), folder, device, budget
         self.names = [name for name, _ in net.named_parameters()]
         self.params = [p for _, p in net.named_parameters()]
@@ -130,6 +136,7 @@ class TimedRun:
                 while (used := self.budget.used(self.step, self.seconds)) < 1:
                     for group in self.optimizer.param_groups:
                         group["lr"] = self.budget.rate_at(used)
+                    torch.manual_seed(self.seed * 1_000_000_007 + self.step)
                     loss = loss_of()
                     self.update(loss)
                     total, window = total + loss.detach(), window + 1

@@ -135,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.manual_seed(args.seed)
     inner = K.config.make_model(config).to(memory_format=torch.channels_last)
-    run = TimedRun(inner, args.out, device, Budget(args.minutes, args.steps, args.rate), ema=0.9995)
-    torch.manual_seed(args.seed + 1 + run.step)
+    budget = Budget(args.minutes, args.steps, args.rate)
+    run = TimedRun(inner, args.out, device, budget, seed=args.seed, ema=0.9995)
     denoiser = K.config.make_denoiser_wrapper(config)(inner)
     density = K.config.make_sample_density(config["model"])
     loss = Loss(denoiser, density, latents, held_out, captions, judged, args.batch, amp)

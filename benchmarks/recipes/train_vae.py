@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     vae = PictureVAE(width=args.width, blocks=args.blocks).to(memory_format=torch.channels_last)
-    run = TimedRun(vae, args.out, device, Budget(args.minutes, args.steps, args.rate))
-    torch.manual_seed(args.seed + 1 + run.step)
+    run = TimedRun(vae, args.out, device, Budget(args.minutes, args.steps, args.rate), seed=args.seed)
     perceptual = perceptual.to(device, memory_format=torch.channels_last)
     images, judged = train.to(device), held_out[:256].to(device)
 
