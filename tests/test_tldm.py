@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.recipes import timed, train_tldm, train_vae
 from benchmarks.recipes.build_tldm import bare, in_train
 from benchmarks.recipes.embed_captions import MIRRORED, STYLE_WORDS, caption_phrases, cleaned
-from benchmarks.tldm_data import CaptionSampler, Phrases, load_captions, load_pairs, prompt_of
+from benchmarks.tldm_data import CaptionSampler, Phrases, load_captions, load_pairs
 from tdpm_ext import cli
 from tdpm_ext.checkpoints import open_checkpoint
 from tdpm_ext.text import no_text, save_phrases
