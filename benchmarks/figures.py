@@ -84,7 +84,6 @@ def as_frontier(record: dict) -> dict:
 
 def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path]:
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(5.6, 4.3))
     axes.set_xscale("log", base=2)
@@ -109,12 +108,8 @@ def _figure(record: dict, lines: list[dict], name: str, stem: Path) -> list[Path
     blocks = f"{record['blocks']} blocks of {record['per_block']} seeds, mean and deviation"
     told = blocks if record["blocks"] > 1 else f"{record['per_block']} seeds"
     axes.set_title(f"{record['name']}: {told}", loc="left", fontsize=9)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-    if name == "evaluations":
-        axes.set_xticks(sorted({int(p[0]) for line in lines for p in line["points"]}))
+    counts = sorted({int(p[0]) for line in lines for p in line["points"]})
+    plain(axes, counts if name == "evaluations" else axes.get_xticks())
     figure.subplots_adjust(left=0.11, right=0.68, top=0.92, bottom=0.12)
     label_ends(figure, axes, ends)
     paths = save(figure, stem.with_name(f"{stem.name}-{name}"))
@@ -179,3 +174,18 @@ def label_ends(figure, axes, ends: list[tuple]) -> None:
             label, (x, y), xytext=(1.03, at), textcoords="axes fraction", va="center", fontsize=8, color=color,
             fontweight="bold" if bold else "normal", annotation_clip=False, arrowprops=leader,
         )  # fmt: skip
+
+
+def plain(axis, ticks) -> None:
+    """Plain numbers on logarithmic axes; along x at those of ``ticks`` that are in sight."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for one in (axis.xaxis, axis.yaxis):
+        if one.get_scale() == "log":
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            one.set_minor_formatter(NullFormatter())
+    low, high = axis.get_xlim()
+    axis.set_xticks([tick for tick in ticks if low <= tick <= high])
+    if axis.get_yscale() == "log":
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.tick_params(labelsize=8)

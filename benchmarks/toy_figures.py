@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.figures import label_ends, save, style
+from benchmarks.figures import label_ends, plain, save, style
 from benchmarks.toy_data import ToySet
 from benchmarks.toy_sampling import TITLES
 
@@ -113,7 +113,7 @@ def _evaluations(record: dict):
         axis.text(0.99, floor, "floor: real points", transform=axis.get_yaxis_transform(), ha="right", va="top",
                   fontsize=7)  # fmt: skip
         axis.set_title(row["title"], loc="left", fontsize=9, fontweight="bold")
-        _plain(axis, (1, 2, 3, 5, 10, 20, 50, 100, 250, 1000))
+        plain(axis, (1, 2, 3, 5, 10, 20, 50, 100, 250, 1000))
         label_ends(figure, axis, ends)
     figure.supxlabel("network evaluations per sample, the prior's own counted", fontsize=9)
     figure.supylabel("sliced Wasserstein distance over the data's std", fontsize=9)
@@ -159,7 +159,7 @@ def _truncation(record: dict, axis, figure) -> None:
     axis.set_ylabel("sliced Wasserstein over std, geometric mean")
     axis.set_title(f"Where to cut, at {budget} evaluations\nstep of the linear 1000-step table:", loc="left",
                    fontsize=9, pad=14)  # fmt: skip
-    _plain(axis, (0.1, 0.3, 1, 3, 10))
+    plain(axis, (0.1, 0.3, 1, 3, 10))
     label_ends(figure, axis, ends)
 
 
@@ -178,23 +178,8 @@ def _lost(record: dict, axis, figure) -> None:
     axis.set_ylabel("the part's share of its due, %")
     axis.set_title("A prior that never draws one part of the data:\nwhat denoising brings back", loc="left", fontsize=9,
                    pad=14)  # fmt: skip
-    _plain(axis, (0.1, 0.3, 1, 3, 10))
+    plain(axis, (0.1, 0.3, 1, 3, 10))
     label_ends(figure, axis, ends)
-
-
-def _plain(axis, ticks: tuple[float, ...]) -> None:
-    """Plain numbers on logarithmic axes, at these places along x."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for one in (axis.xaxis, axis.yaxis):
-        if one.get_scale() == "log":
-            one.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            one.set_minor_formatter(NullFormatter())
-    low, high = axis.get_xlim()
-    axis.set_xticks([t for t in ticks if low <= t <= high])
-    if axis.get_yscale() == "log":
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-    axis.tick_params(labelsize=8)
 
 
 def _pyplot():

@@ -108,6 +108,7 @@ class AutoEncoder:
         Args:
             through: "code": a straight line between two codes with the same noise, so that every point has the noise
                 level of a code. "prior": the codes' unit noises under a closed-form prior, along the great circle.
+            cond: as elsewhere; ``class_cond`` int64 [count], one label for each picture of the row.
 
         Raises:
             ValueError: fewer than two pictures, or another ``through``.
@@ -120,8 +121,10 @@ class AutoEncoder:
         if through == "code":
             codes = torch.lerp(ends[:1], ends[1:], share)
         else:
-            z = great_circle(*self.latent(ends, sigma_trunc), share)
-            codes = self.prior.transport(z * self.prior.sigma_max, self.prior.sigma_max, self._level(sigma_trunc))
+            labels = cond.get("class_cond")
+            outer, whole = ({}, {}) if labels is None else ({"class_cond": labels[[0, -1]]}, {"class_cond": labels})
+            z, top = great_circle(*self.latent(ends, sigma_trunc, **outer), share), self.prior.sigma_max
+            codes = self.prior.transport(z * top, top, self._level(sigma_trunc), **whole)
         return self.decode(codes, steps, sigma_trunc, **cond)
 
     def _level(self, sigma_trunc: float | None) -> float:
