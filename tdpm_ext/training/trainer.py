@@ -81,6 +81,7 @@ class Run:
         torch.manual_seed(options.seed)
         self.prior = new_prior(options, checkpoint, base)
         self.teacher = self._trajectories(teacher or out / "teacher")
+        self.pictures = 0 if images is None else len(images)
         data = (images, labels, self.teacher, checkpoint.num_classes)
         self.data = Data(options, self.prior, self.device, *data)
         disc, loss = self._opponent()
@@ -272,8 +273,7 @@ class Run:
         fingerprint = self.checkpoint.fingerprint
         if self.options.denoising:
             fingerprint = save_denoiser(self.checkpoint, self.out / f"{name}-denoiser.safetensors")
-        pictures = 0 if self.data.images is None else len(self.data.images)
-        about = {"steps": self.step, "minutes": round(self.seconds / 60, 1), "pictures": pictures}
+        about = {"steps": self.step, "minutes": round(self.seconds / 60, 1), "pictures": self.pictures}
         save_prior(finished(self.prior, self.options, fingerprint, about), self.out / f"{name}.safetensors")
 
     def _write(self, row: dict) -> None:
