@@ -95,11 +95,12 @@ void tdpm_conv3x3(const float* x, NORM(), int64_t act, const float* u, const flo
                   int64_t threads) {
     Norm norm{gain, shift, gain_step, shift_step, groups, (float)eps, act};
     Shape shape{pictures, height, width, in, out};
-    long group = std::max<long>(1, together(shape) / Tiles(shape).each), pixels = height * width;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long n = 0; n < pictures; n += group)
+    Groups group(together(shape), shape, threads);
+    long pixels = height * width;
+#pragma omp parallel for num_threads(group.outer) if (group.outer > 1)
+    for (long n = 0; n < pictures; n += group.size)
         convolved(x + n * pixels * in, norm, u, bias, nullptr, y + n * pixels * out, shape, n,
-                  std::min<long>(group, pictures - n));
+                  std::min<long>(group.size, pictures - n), group.inner);
 }
 
 // y = x + two of these, or a 1x1 convolution of x + two of these
@@ -109,25 +110,22 @@ void tdpm_residual(const float* x, NORM(1), NORM(2), int64_t act, const float* u
     Norm norm1{gain1, shift1, gain_step1, shift_step1, groups1, (float)eps1, act};
     Norm norm2{gain2, shift2, gain_step2, shift_step2, groups2, (float)eps2, act};
     Shape shape1{pictures, height, width, in, between}, shape2{pictures, height, width, between, out};
-    long tiles = std::min(together(shape1), together(shape2));
-    long group = std::max<long>(1, tiles / Tiles(shape1).each), pixels = height * width;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long n = 0; n < pictures; n += group) {
-        long count = std::min<long>(group, pictures - n);
+    Groups group(std::min(together(shape1), together(shape2)), shape1, threads);
+    long pixels = height * width;
+#pragma omp parallel for num_threads(group.outer) if (group.outer > 1)
+    for (long n = 0; n < pictures; n += group.size) {
+        long count = std::min<long>(group.size, pictures - n);
         const float *from = x + n * pixels * in, *added = from;
         float *to = y + n * pixels * out, *h = halfway.get(count * pixels * between);
-        convolved(from, norm1, u1, bias1, nullptr, h, shape1, n, count);
-        if (u_skip) pointwise(from, u_skip, bias_skip, nullptr, to, count * pixels, in, out), added = to;
-        convolved(h, norm2, u2, bias2, added, to, shape2, n, count);
+        convolved(from, norm1, u1, bias1, nullptr, h, shape1, n, count, group.inner);
+        if (u_skip) pointwise(from, u_skip, bias_skip, nullptr, to, count * pixels, in, out, group.inner), added = to;
+        convolved(h, norm2, u2, bias2, added, to, shape2, n, count, group.inner);
     }
 }
 
 // y = x times the weight + bias, for each pixel
 void tdpm_conv1x1(const float* x, const float* u, const float* bias, float* y, SHAPE, int64_t threads) {
-    long pixels = height * width;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long n = 0; n < pictures; ++n)
-        pointwise(x + n * pixels * in, u, bias, nullptr, y + n * pixels * out, pixels, in, out);
+    pointwise(x, u, bias, nullptr, y, pictures * height * width, in, out, threads);
 }
 
 // y = x + project(attention(qkv(norm(x)))); in: channels, out: heads
@@ -144,9 +142,9 @@ void tdpm_attention(const float* x, NORM(), const float* qkv, const float* qkv_b
         Line line(room + attention_room(pixels, size), in);
         coefficients(picture, pixels, in, norm, n, line);
         for (long p = 0; p < pixels; ++p) normalised<NONE>(picture + p * in, h + p * in, in, line);
-        pointwise(h, qkv, qkv_bias, nullptr, projected, pixels, in, 3 * in);
+        pointwise(h, qkv, qkv_bias, nullptr, projected, pixels, in, 3 * in, 1);
         attended(projected, h, pixels, out, size, room);
-        pointwise(h, project, project_bias, picture, y + n * pixels * in, pixels, in, in);
+        pointwise(h, project, project_bias, picture, y + n * pixels * in, pixels, in, in, 1);
     }
 }
 

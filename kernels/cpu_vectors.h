@@ -47,7 +47,7 @@ struct Scratch {
     }
     ~Scratch() { std::free(data); }
 };
-thread_local Scratch scratch, halfway;
+thread_local Scratch scratch, surrounded, halfway;
 
 // Activations
 
@@ -149,17 +149,19 @@ inline long strips_of(long channels) { return (channels + STRIP - 1) / STRIP; }
 
 // y [rows, out] = x [rows, in] times a packed weight [strip][in][STRIP], plus bias, plus residual; both may be missing
 void pointwise(const float* x, const float* u, const float* bias, const float* residual, float* y, long rows, long in,
-               long out) {
-    for (long s = 0; s < strips_of(out); ++s) {
-        long first = s * STRIP;
-        product<true>(x, in, u + s * in * STRIP, STRIP, rows, in, [&](long row, int j, vec value) {
-            long column = first + j * W;
-            if (column >= out) return;
-            if (bias) value += load(bias + column);
-            if (residual) value += load(residual + row * out + column);
-            store(y + row * out + column, value);
-        });
-    }
+               long out, long threads) {
+    long part = (rows + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long from = 0; from < rows; from += part)
+        for (long s = 0; s < strips_of(out); ++s)
+            product<true>(x + from * in, in, u + s * in * STRIP, STRIP, std::min(part, rows - from), in,
+                          [=](long row, int j, vec value) {
+                              long column = s * STRIP + j * W, at = (from + row) * out + column;
+                              if (column >= out) return;
+                              if (bias) value += load(bias + column);
+                              if (residual) value += load(residual + at);
+                              store(y + at, value);
+                          });
 }
 
 }  // namespace

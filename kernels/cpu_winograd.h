@@ -179,14 +179,23 @@ long together(const Shape& s) {
     return std::max<long>(fit, ROWS);
 }
 
-// act(norm(x)) of each picture with zeros around it
-void prepared(const float* x, const Norm& norm, long first, long pictures, const Shape& s, const Tiles& tiles, float* y,
-              const Line& line) {
-    for (long n = 0; n < pictures; ++n, x += s.height * s.width * s.in, y += tiles.padded) {
-        coefficients(x, s.height * s.width, s.in, norm, first + n, line);
-        auto pad = norm.act == GELU ? padded<GELU> : norm.act == SILU ? padded<SILU> : padded<NONE>;
-        pad(x, y, s.height, s.width, tiles.rows, tiles.columns, s.in, line);
+// How pictures are shared out: in groups that stay in a thread's cache, or, where these are fewer than the threads, all
+// of them together with several threads in each step.
+struct Groups {
+    long size, outer, inner;
+    Groups(long tiles, const Shape& s, long threads) : size(std::max<long>(1, tiles / Tiles(s).each)) {
+        bool few = (s.pictures + size - 1) / size < threads;
+        outer = few ? 1 : threads, inner = few ? threads : 1;
+        if (few) size = std::max<long>(1, s.pictures);
     }
+};
+
+// act(norm(x)) of a picture with zeros around it
+void prepared(const float* x, const Norm& norm, long picture, const Shape& s, const Tiles& tiles, float* y) {
+    Line line(scratch.get(Line::size(s.in)), s.in);
+    coefficients(x, s.height * s.width, s.in, norm, picture, line);
+    auto pad = norm.act == GELU ? padded<GELU> : norm.act == SILU ? padded<SILU> : padded<NONE>;
+    pad(x, y, s.height, s.width, tiles.rows, tiles.columns, s.in, line);
 }
 
 // One strip of the channels of a tile, transformed back and put in its place
@@ -206,32 +215,39 @@ void finished(const float* m, long plane, const float* bias, const float* residu
     }
 }
 
+// `count` tiles, from the pictures with zeros around them to the result
+void multiplied(const float* input, const float* u, const float* bias, const float* residual, float* y, const Shape& s,
+                const Tiles& tiles, long from, long count) {
+    long v_plane = count * s.in + 16, m_plane = count * STRIP + 16;  // 16: planes apart by a power of two would collide
+    float *v = scratch.get(36 * (v_plane + m_plane)), *m = v + 36 * v_plane;
+    for (long i = 0; i < count; ++i) {
+        const float* corner = input + tiles.corner(from + i, s.in);
+        for (long c = 0; c < s.in; c += W)
+            tile_before(corner + c, tiles.columns * s.in, s.in, v + i * s.in + c, v_plane);
+    }
+    for (long strip = 0; strip < strips_of(s.out); ++strip) {
+        for (long k = 0; k < 36; ++k) {
+            float* to = m + k * m_plane;
+            product<true>(v + k * v_plane, s.in, u + (strip * 36 + k) * s.in * STRIP, STRIP, count, s.in,
+                          [to](long row, int j, vec value) { store(to + row * STRIP + j * W, value); });
+        }
+        for (long i = 0; i < count; ++i)
+            finished(m + i * STRIP, m_plane, bias, residual, y, s, tiles, from + i, strip * STRIP);
+    }
+}
+
 // y = convolution(act(norm(x))) + bias + residual, of a few pictures, whose gains and shifts start at `first`
 void convolved(const float* x, const Norm& norm, const float* u, const float* bias, const float* residual, float* y,
-               const Shape& s, long first, long pictures) {
+               const Shape& s, long first, long pictures, long threads) {
     Tiles tiles(s);
-    long all = pictures * tiles.each, block = std::min(together(s), all);
-    long v_plane = block * s.in + 16, m_plane = block * STRIP + 16;  // 16: planes apart by a power of two would collide
-    float* input = scratch.get(pictures * tiles.padded + 36 * (v_plane + m_plane) + Line::size(s.in));
-    float *v = input + pictures * tiles.padded, *m = v + 36 * v_plane;
-    prepared(x, norm, first, pictures, s, tiles, input, Line(m + 36 * m_plane, s.in));
-    for (long from = 0; from < all; from += block) {
-        long count = std::min(block, all - from);
-        for (long i = 0; i < count; ++i) {
-            const float* corner = input + tiles.corner(from + i, s.in);
-            for (long c = 0; c < s.in; c += W)
-                tile_before(corner + c, tiles.columns * s.in, s.in, v + i * s.in + c, v_plane);
-        }
-        for (long strip = 0; strip < strips_of(s.out); ++strip) {
-            for (long k = 0; k < 36; ++k) {
-                float* to = m + k * m_plane;
-                product<true>(v + k * v_plane, s.in, u + (strip * 36 + k) * s.in * STRIP, STRIP, count, s.in,
-                              [to](long row, int j, vec value) { store(to + row * STRIP + j * W, value); });
-            }
-            for (long i = 0; i < count; ++i)
-                finished(m + i * STRIP, m_plane, bias, residual, y, s, tiles, from + i, strip * STRIP);
-        }
-    }
+    float* input = surrounded.get(pictures * tiles.padded);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long n = 0; n < pictures; ++n)
+        prepared(x + n * s.height * s.width * s.in, norm, first + n, s, tiles, input + n * tiles.padded);
+    long all = pictures * tiles.each, block = std::min(together(s), (all + threads - 1) / threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long from = 0; from < all; from += block)
+        multiplied(input, u, bias, residual, y, s, tiles, from, std::min(block, all - from));
 }
 
 }  // namespace

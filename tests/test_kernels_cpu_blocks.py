@@ -167,16 +167,25 @@ def test_what_is_not_a_number_stays_visible(library):
     assert y[0].isnan().any() and not y[1].isnan().any()
 
 
-def test_several_threads_give_the_same_bits():
-    module, x = packed(nn.Conv2d(64, 64, 3, padding=1)), picture(9, 64, 14, 14)
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_several_threads_give_the_same_bits(n):
+    convolutions = packed(nn.Conv2d(64, 48, 3, padding=1)), packed(nn.Conv2d(48, 32, 3, padding=1))
+    skip, x = packed(nn.Conv2d(64, 32, 1)), picture(n, 64, 14, 14)
+    norms = norm_of(n, 64, 4, False)[0], norm_of(n, 48, 3, False)[0]
     before, ways = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            ways.append(cpu_blocks.convolution(x, module, act="silu"))
+            ways.append(
+                (
+                    cpu_blocks.residual(x, norms, "gelu", convolutions, skip),
+                    cpu_blocks.convolution(x, convolutions[0], norms[0], "silu"),
+                    cpu_blocks.downsample(x),
+                )
+            )
     finally:
         torch.set_num_threads(before)
-    assert ways[0].equal(ways[1])
+    assert all(a.equal(b) for a, b in zip(*ways, strict=True))
 
 
 @pytest.mark.parametrize(
