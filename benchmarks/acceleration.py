@@ -1,12 +1,13 @@
 """What `accelerate(model)` gives on this machine: one call of a checkpoint's network, eager against each tier.
 
     python benchmarks/acceleration.py                             # the shipped checkpoint, exact tier
-    python benchmarks/acceleration.py --tiers exact half compile  # the opt-in tiers too: compiling takes minutes
+    python benchmarks/acceleration.py --tiers exact half compile  # the opt-in tiers too
 
 All arms take turns in one process, and the ratio is that of the medians; what a tier's first call costs stands apart.
-`error` is the largest difference of one call, `rmse` that of whole pictures from the same seeds (tdpm, four
-evaluations, in data units from -1 to 1). Half precision and Inductor are used only where a measurement at the first
-call finds them faster; the notes say what was found. Inductor starts with an empty cache.
+With one thread, times are its CPU time, so that other programs on the machine count less; with several, they are the
+clock's. `error` is the largest difference of one call, `rmse` that of whole pictures from the same seeds (tdpm, four
+evaluations, in data units from -1 to 1). Half precision and compiled code are used only where a measurement at the
+first call finds them faster; the notes say what was found. Inductor starts with an empty cache.
 
 Last: what a fused operation of `tdpm_ext.kernels` costs on the CPU over torch's own, on arrays so small that nothing
 but the call is left; CPU time of one thread, fastest and median of 15 runs of 1,000 calls.
@@ -41,6 +42,15 @@ ASSETS = ROOT / "assets" / "fashion-mnist"
 LEVEL = 1.3  # the noise level of the timed call; the network does the same work at every level
 
 
+class ThreadTime(timing.Clock):
+    """The CPU time of this thread, in milliseconds."""
+
+    def time(self, call) -> float:
+        begin = time.thread_time()
+        call()
+        return (time.thread_time() - begin) * 1e3
+
+
 def inputs(checkpoint, batch: int) -> tuple:
     """x, sigma and labels of one call, every picture of another class."""
     generator = torch.Generator().manual_seed(batch)
@@ -53,7 +63,7 @@ def measure(checkpoint, prior, tiers: list[str], batches: list[int], rounds: int
     """A row for every tier and batch size."""
     models = {"eager": checkpoint.model} | {tier: copy.deepcopy(checkpoint.model) for tier in tiers}
     handles = {tier: kernels.accelerate(models[tier], precision=tier) for tier in tiers}
-    rows = []
+    rows, clock = [], (ThreadTime if torch.get_num_threads() == 1 else timing.Clock)(torch.device("cpu"))
     for batch in batches:
         call = inputs(checkpoint, batch)
         first, outputs = {}, {}
@@ -63,7 +73,7 @@ def measure(checkpoint, prior, tiers: list[str], batches: list[int], rounds: int
             first[name] = time.perf_counter() - begin
         arms = {name: lambda model=model, call=call: model(*call) for name, model in models.items()}
         title = f"batch {batch}" if progress else None
-        times = timing.interleave(arms, timing.Clock(torch.device("cpu")), rounds, 2, title)
+        times = timing.interleave(arms, clock, rounds, 2, title)
         medians = {name: statistics.median(values) for name, values in times.items()}
         for name in models:
             rows.append(
