@@ -128,6 +128,8 @@ def fit_prior(
     options = {"components": components, "rank": rank}
     accepted = {"gaussian": (), "lowrank": ("rank",), "mixture": ("components", "rank")}
     cls = get_prior(kind)
+    if not hasattr(cls, "fit"):
+        raise ValueError(f"a {kind!r} prior is not fitted: tdpm train makes one")
     for name, value in options.items():
         if value is not None and name not in accepted.get(kind, tuple(options)):
             raise ValueError(f"{name}={value} has no meaning for kind {kind!r}; it takes {accepted[kind] or 'neither'}")

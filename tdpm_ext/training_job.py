@@ -37,6 +37,7 @@ HELP = {
     "batch": "pictures a step, over all processes",
     "lr": "learning rate of the prior",
     "disc_lr": "learning rate of the discriminator",
+    "warmup": "steps in which the prior's learning rate rises to --lr",
     "ema": "largest decay of the running mean of the weights",
     "critic": f"what the discriminator sees: {', '.join(CRITICS)} (activations of the frozen denoiser, or the picture)",
     "disc_width": "channels of the discriminator",

@@ -194,6 +194,11 @@ def test_a_condition_may_be_an_embedding():
     assert not torch.allclose(by_mean, prior.sample(noise()))
 
 
+def test_a_kind_that_is_trained_cannot_be_fitted():
+    with pytest.raises(ValueError, match="is not fitted: tdpm train"):
+        tdpm.fit_prior("generator", torch.zeros(4, *SHAPE))
+
+
 def test_levels_out_of_reach_are_refused():
     with pytest.raises(ValueError, match="up to its sigma_init 1"):
         make("generator").sample(noise(), 1.5)

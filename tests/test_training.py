@@ -29,7 +29,7 @@ from tdpm_ext.training.watch import Health, coverage
 from tests.tiny_denoiser import CLASSES, CONFIG, SHAPE, tiny_base, tiny_checkpoint, tiny_pictures
 
 BASE = tiny_base()
-SMALL = Options(batch=8, disc_width=8, width=16, depth=1, sigma_trunc=0.3, finish=(0.3,), noise="kept")
+SMALL = Options(batch=8, warmup=2, disc_width=8, width=16, depth=1, sigma_trunc=0.3, finish=(0.3,), noise="kept")
 
 
 def run(out, options=SMALL, *, data=True, base=BASE, accelerator=None, kind=Run, **more) -> Run:

@@ -32,6 +32,7 @@ class Options:
             compare at noise levels right behind the prior. (sigma_trunc,): one step to the end.
         batch: pictures per step, over all processes.
         lr, disc_lr, ema: of prior and discriminator; ``ema`` is the largest decay of the weights' running mean.
+        warmup: steps in which the prior's rate rises to ``lr``: a new discriminator has nothing to teach at first.
         critic: "features": heads on the frozen denoiser's activations; "own": a network of its own.
         disc_width: channels of the discriminator.
         label_dropout: share of rows without their label, so that guidance works.
@@ -60,6 +61,7 @@ class Options:
     batch: int = 64
     lr: float = 2e-4
     disc_lr: float = 4e-4
+    warmup: int = 100
     ema: float = 0.998
     critic: str = "features"
     disc_width: int = 48
@@ -77,7 +79,7 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name in ("width", "depth", "every", "batch", "disc_width", "teacher_steps"):
             self._whole(name, 1)
-        for name in ("rank", "teacher"):
+        for name in ("rank", "teacher", "warmup"):
             self._whole(name, 0)
         for name in ("sigma_init", "sigma_trunc", "sigma_low", "sigma_high", "lr", "disc_lr"):
             self._number(name, above=True)

@@ -107,6 +107,8 @@ class Step:
             value = self._denoising(b, cond)
             stats["denoising"] = value.detach()
             total = total + o.denoising * value
+        for group in self.optimizer.param_groups:
+            group["lr"] = o.lr * min(1.0, (step + 1) / max(1, o.warmup))
         self._update(total, self.optimizer, self.trained)
         return torch.stack([stats[name].float() for name in STATS])
 
