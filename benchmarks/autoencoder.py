@@ -60,6 +60,8 @@ class Bench:
         other = torch.empty(len(self.labels), dtype=torch.long)
         for c in self.labels.unique():
             own = (self.labels == c).nonzero()[:, 0].cpu()
+            if len(own) < 2:
+                raise ValueError(f"one picture of class {int(c)} among {len(other)}: give more --samples or --blocks")
             other[own] = own.roll(1)
         return self.error(self.pictures[other])
 

@@ -25,10 +25,10 @@ BETAS, EMA = (0.0, 0.99), 0.995
 class Training:
     """Steps and batch of every training."""
 
-    denoiser_steps: int = 3000
+    denoiser_steps: int = 4000
     denoiser_batch: int = 512
     learning_rate: float = 3e-3
-    prior_steps: int = 1000
+    prior_steps: int = 2000
     prior_batch: int = 256
     prior_rate: float = 2e-3
     gamma: float = 0.05
