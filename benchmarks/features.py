@@ -129,6 +129,10 @@ class EffLiteMid(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 1 or 3, H, W] in [-1, 1] -> features [B, 112]."""
+        return self.middle(x).mean((2, 3))
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 1 or 3, H, W] in [-1, 1] -> the output of block 10 [B, 112, h, w]."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"efflite_mid takes pictures [B, 1 or 3, H, W], not {tuple(x.shape)}")
         x = F.interpolate(x.expand(-1, 3, -1, -1), size=(self.size, self.size), mode="bilinear", antialias=True)
@@ -136,7 +140,7 @@ class EffLiteMid(nn.Module):
         x = self.net._swish(self.net._bn0(self.net._conv_stem(x)))
         for block in self.net._blocks[:11]:
             x = block(x)
-        return x.mean((2, 3))
+        return x
 
 
 def extract(net: nn.Module, images: torch.Tensor, batch: int = 250, progress: str | None = None) -> np.ndarray:
