@@ -12,6 +12,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from tdpm_ext.kernels.caches import Fingerprint
 from tdpm_ext.kernels.cpu_blocks import PackedWeights, Switch
 
 WIDE = {"sigma", "mapping_cond", "timestep", "timesteps"}
@@ -32,6 +33,11 @@ class _Measured:
     def __init__(self, usual: Callable, notes: list[str], weights):
         self._usual, self.notes, self._weights = usual, notes, weights
         self._chosen: dict[tuple, Callable] = {}
+
+    @property
+    def weights(self) -> Fingerprint:
+        """Of what is derived from them."""
+        return self._weights.weights
 
     def _race(self, other: Callable, args: tuple, kwargs: dict) -> Callable:
         usual, seconds = race((self._usual, other), args, kwargs)
@@ -81,7 +87,8 @@ class Blocks(_Measured):
 
     def __call__(self, *args, **kwargs):
         x = args[0]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+        if traced or torch.is_grad_enabled() or not x.is_cpu:
             return self._usual(*args, **kwargs)
         self._weights.update()
         key = x.shape, x.dtype, torch.get_num_threads()

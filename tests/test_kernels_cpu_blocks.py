@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from tdpm_ext.kernels import accelerate, cpu_blocks, cpu_library, tiers
@@ -264,6 +265,25 @@ def test_a_weight_edited_meanwhile_counts_at_once(how, name, always):
                 EDITS[how](p)
     assert not torch.allclose(run(plain), before, atol=1e-4)
     torch.testing.assert_close(run(model), run(plain), rtol=0, atol=2e-5)
+
+
+def test_an_edit_that_nobody_can_see_counts_after_refresh(always):
+    model = build()
+    handle = accelerate(model, precision="compile")
+    before = run(model)
+    conv = next(m for m in model.modules() if type(m) is nn.Conv2d and m.kernel_size == (3, 3))
+    conv.weight.data[0, 0, 0, 1] += 10.0  # between the values that are looked at
+    handle.refresh()
+    assert not torch.allclose(run(model), before, atol=1e-4)
+
+
+def test_tensors_without_memory_take_the_usual_way(always, called):
+    model = build()
+    accelerate(model, precision="compile")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        x, sigma, condition = map(mode.from_tensor, (torch.randn(2, 3, 12, 12), torch.ones(2), torch.randn(2, 5)))
+        assert vars(model.inner_model.u_net)["forward"](x.new_empty(2, 32, 12, 12), {"cond": x.new_empty(2, 16)}).shape
+    assert not called
 
 
 @pytest.mark.parametrize("name", ["main.6", "skip", "qkv_proj", "out_proj", "mapper"])
