@@ -38,7 +38,7 @@ BLOCKS, FIRST_SEED = 3, 1_000_000
 BUDGETS = (2, 3)
 QUALITY = ROOT / "benchmarks" / "results" / "quality-fashion-mnist-checkpoint.json"
 # the paper's form: a clean picture and fresh noise, compared where the chain is cut
-FRESH = "--sigma-init 2.0 --sigma-trunc 0.25 --noise fresh --sigma-low 0.15 --sigma-high 0.6"
+FRESH = "--sigma-init 1 --sigma-trunc 0.2 --noise fresh --sigma-low 0.1 --sigma-high 0.5 --label-dropout 0"
 # a step of the checkpoint's own path, from where the closed form is all but exact
 PATH = (
     "--sigma-init 4.5 --sigma-trunc 0.85 --noise kept --adversarial 0 --regression 1 --teacher 1536 --teacher-steps 24"
@@ -47,7 +47,7 @@ ARMS = {
     "regression": f"--kind shared {PATH} --lr 3e-4 --steps 450",
     "regression-lora": f"--kind shared --rank 3 {PATH} --lr 1e-3 --steps 450",
     "regression-generator": f"--kind generator {PATH} --lr 1e-3 --steps 2000",
-    "shared": f"--kind shared {FRESH}",
+    "shared": f"--kind shared {FRESH} --lr 1e-4",
     "lora": f"--kind shared --rank 3 {FRESH} --lr 1e-3",
     "generator": f"--kind generator {FRESH} --lr 4e-4",
     "non-saturating": f"--kind shared {FRESH} --loss non_saturating",

@@ -207,9 +207,13 @@ def start_from(prior, z, way: route.Route, extra_args: dict, *, branch: str | No
         if names is None or (name in names and isinstance(value, torch.Tensor)):
             cond[name] = value
     sigma, *_ = way.sigmas.tolist()
-    if branch is not None or (way.solver is None and way.history and has_closed_form(prior)):
+    if branch is not None or (way.solver is None and way.history and _knows_past(prior)):
         return prior.start(z, sigma, way.history, **cond)
     return prior.sample(z, sigma, **cond), ()
+
+
+def _knows_past(prior) -> bool:
+    return getattr(prior, "knows_past", False) or has_closed_form(prior)
 
 
 def has_closed_form(prior) -> bool:

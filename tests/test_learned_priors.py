@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdpm_ext as tdpm
+from tdpm_ext.plan import Plan
 from tdpm_ext.priors import GeneratorPrior, RawPrior, SharedPrior, SourcePrior
 from tdpm_ext.priors.base import HISTORY_RATIO
 from tdpm_ext.priors.io import KEY, PriorFileError
@@ -151,6 +152,21 @@ def test_untrained_kept_noise_is_the_closed_forms_own_step():
     x, history = BASE.start(noise(), 1.0, (HISTORY_RATIO,), class_cond=labels())
     step = solve(CHECKPOINT.model, x, [1.0, 0.3], {"class_cond": labels()}, disable=True, history=history)
     torch.testing.assert_close(prior.sample(noise(), class_cond=labels()), step, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_noise_gives_the_solver_its_past_and_fresh_noise_none():
+    kept, fresh = make("shared", "kept"), make("shared", "fresh")
+    x, seen = kept.start(noise(), 0.3, (0.5, 0.8), class_cond=labels())
+    assert [level for level, _ in seen] == [1.0, HISTORY_RATIO]
+    torch.testing.assert_close(seen[0][1], kept.emit(kept.begin(noise(), class_cond=labels()), class_cond=labels()))
+    torch.testing.assert_close(x, kept.sample(noise(), 0.3, class_cond=labels()))
+    assert fresh.start(noise(), 0.3, (0.5, 0.8))[1] == []
+    plan = Plan((0.3, 0.1, 0.0), (2, 2), (0.5, 0.8))
+    kept.plans = {"fidelity": {2: plan}}
+    z = torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))])
+    x, seen = kept.start(z, 0.3)
+    by_hand = solve(CHECKPOINT.model, x, plan.sigmas, disable=True, orders=plan.orders, history=seen)
+    torch.testing.assert_close(tdpm.sample(CHECKPOINT.model, kept, steps=3, seed=4), by_hand)
 
 
 def test_an_untrained_generator_is_the_closed_forms_estimate():

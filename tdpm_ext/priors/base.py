@@ -28,6 +28,7 @@ class ImplicitPrior:
         coupled: the same z gives (nearly) the picture that the untruncated sampler gives.
         prior_nfe: network calls inside one draw; they count against the user's budget.
         ready: False while a prior that works on a network has not been given it (`LearnedPrior.bind`).
+        knows_past: `start` gives denoised estimates although there is no closed form.
         conditions: arguments of the model that a draw takes too; None: all of them.
         card: what the prior was fitted for (source, fingerprints, cond_scale, num_classes...), JSON.
         plans: objective -> budget -> `Plan`, filled by `calibrate`.
@@ -37,6 +38,7 @@ class ImplicitPrior:
     coupled: bool = True
     prior_nfe: int = 0
     ready: bool = True
+    knows_past: bool = False
     conditions: tuple[str, ...] | None = ("class_cond",)
 
     def __init__(self, shape: tuple[int, ...], sigma_trunc: float, sigma_max: float = 80.0, card: dict | None = None):

@@ -139,13 +139,22 @@ class LearnedPrior(ImplicitPrior):
         Raises:
             ValueError: a level above ``sigma_init``, or a prior without its network (see `bind`).
         """
-        sigma = self._level(sigma)
-        start = self.begin(z, **cond)
-        return self.lower(self.emit(start, **cond), start, z, sigma)
+        return self.start(z, self.sigma_trunc if sigma is None else sigma, **cond)[0]
 
+    @property
+    def knows_past(self) -> bool:
+        """On the checkpoint's own path, the network's picture is the estimate that the step before this one made."""
+        return self.noise == "kept"
+
+    @torch.no_grad()
     def start(self, z: Tensor, sigma: float, history: tuple[float, ...] = (), **cond):
-        """As in `ImplicitPrior.start`; a learned prior knows nothing above ``sigma`` that a solver could use."""
-        return self.sample(z, sigma, **cond), []
+        """As in `ImplicitPrior.start`, but the estimates are those at its own levels, whatever ``history`` asks for:
+        the network's picture at ``sigma_init`` and the base's above it; none with fresh noise."""
+        sigma = self._level(sigma)
+        begun = self.begin(z, **cond)
+        picture = self.emit(begun, **cond)
+        seen = [(self.sigma_init, picture), (self.sigma_init * HISTORY_RATIO, begun.past)] if self.knows_past else []
+        return self.lower(picture, begun, z, sigma), [(s, d) for s, d in seen if d is not None and s > sigma]
 
     def starts_at(self, sigma: float) -> bool:
         return 0 < sigma <= self.sigma_init * (1 + CLOSE)
@@ -154,10 +163,10 @@ class LearnedPrior(ImplicitPrior):
         """Noise levels worth trying as ``sigma_trunc``, rising."""
         return [self.sigma_init * share for share in (0.06, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75)]
 
-    def _level(self, sigma: float | None) -> float:
+    def _level(self, sigma: float) -> float:
         if not self.ready:
             raise ValueError(f"this {self.kind} prior has no network yet: call prior.bind(model) once after loading")
-        sigma = self.sigma_trunc if sigma is None else float(sigma)
+        sigma = float(sigma)
         if not self.starts_at(sigma):
             raise ValueError(f"sigma {sigma:g} asked for: this {self.kind} prior draws {self._range()}")
         return sigma

@@ -45,6 +45,8 @@ class RawPrior(LearnedPrior):
     def cuts(self, std: float) -> list[float]:
         return [self.sigma_trunc]
 
+    knows_past = False  # what it emits is no picture
+
     def starts_at(self, sigma: float) -> bool:
         return abs(sigma / self.sigma_trunc - 1) <= CLOSE
 
