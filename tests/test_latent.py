@@ -15,6 +15,7 @@ from benchmarks.timing import peak_memory
 from tdpm_ext.fit import fit_prior
 from tdpm_ext.fit_text import fit_text_prior
 from tdpm_ext.latent import LatentSpace
+from tdpm_ext.sampler import sample
 from tdpm_ext.vae import PictureVAE, load_vae, save_vae
 
 
@@ -170,3 +171,41 @@ def test_priors_are_fitted_at_the_sizes_of_stable_diffusion(side, count):
     assert (
         made["plain"].sample(z, 2.0).shape == made["text"].sample(z, 2.0, text_pooled=pooled[:2]).shape == (2, *shape)
     )
+
+
+class DiffusersText:
+    """diffusers' text-conditional U-Net in k-diffusion's convention: epsilon, Stable Diffusion's noise table."""
+
+    def __init__(self, unet):
+        self.unet, betas = unet, torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
+        kept = (1 - betas).cumprod(0)
+        self.log_sigmas = (0.5 * ((1 - kept) / kept).log()).contiguous()
+
+    @torch.no_grad()
+    def __call__(self, x, sigma, text_states, text_pooled, cond_scale=1.0):
+        sigma = sigma.expand(len(x)).reshape(-1, 1, 1, 1)
+        step = torch.searchsorted(self.log_sigmas, sigma.flatten().log()).clamp_max(999)
+        scaled = x / (1 + sigma**2).sqrt()
+        towards = self.unet(scaled, step, encoder_hidden_states=text_states).sample
+        away = self.unet(scaled, step, encoder_hidden_states=torch.zeros_like(text_states)).sample
+        return x - sigma * (away + cond_scale * (towards - away))
+
+
+def test_the_same_prior_code_runs_on_a_unet_and_an_auto_encoder_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"block_out_channels": (32,), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8}
+    unet = diffusers.UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=16, sample_size=8).eval()
+    kl = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8, scaling_factor=0.18215)
+    generator = torch.Generator().manual_seed(1)
+    text = {"text_states": torch.randn(40, 5, 16, generator=generator)}
+    text["text_pooled"] = text["text_states"].mean(1)
+    model, shape = DiffusersText(unet), (4, 8, 8)
+    options = {"shape": shape, "sigma_max": 14.6, "cond_scale": 5.0, "draws": 40, "progress": False}
+    prior = fit_text_prior("text_lowrank", denoiser=model, text=text, **options)
+    extra = {name: value[:3] for name, value in text.items()} | {"cond_scale": 5.0}
+    latents = sample(model, prior, steps=3, seed=[0, 1, 2], sigma_trunc=4.0, extra_args=extra, disable=True)
+    pictures = LatentSpace(kl.eval()).decode(latents)
+    assert latents.shape == (3, *shape) and pictures.shape == (3, 3, 8, 8) and bool(pictures.isfinite().all())
+    assert prior.card["cond_scale"] == 5.0

@@ -21,6 +21,8 @@ from benchmarks.recipes.embed_captions import MIRRORED, STYLE_WORDS, caption_phr
 from benchmarks.tldm_data import CaptionSampler, Phrases, load_captions, load_pairs
 from tdpm_ext import cli
 from tdpm_ext.checkpoints import open_checkpoint
+from tdpm_ext.latent import LatentSpace
+from tdpm_ext.pictures import to_uint8, to_unit
 from tdpm_ext.text import no_text, save_phrases
 from tdpm_ext.text_denoiser import TextDenoiser, joined, text_args
 from tdpm_ext.text_job import vae_fingerprint
@@ -289,3 +291,13 @@ def test_another_auto_encoder_of_the_same_scale_is_found_out(model, tmp_path, ca
     save_vae(other, tmp_path / "other.safetensors")
     assert sampled(model, tmp_path / "o", "--sampler", "euler", "--vae", str(tmp_path / "other.safetensors")) == 1
     assert "another auto-encoder" in capsys.readouterr().err
+
+
+def test_the_shipped_auto_encoder_brings_held_out_pictures_back():
+    vae, images = load_vae(ASSETS / "vae.safetensors"), load_pairs(ASSETS / "eval.zip").images[::60]
+    space = LatentSpace(vae)
+    latents = space.encode(to_unit(images))
+    error = (to_uint8(space.decode(latents)).float() - images.float()).square().mean((1, 2, 3)) / 255**2
+    assert abs(-10 * error.log10().mean() - vae.notes["held_out_psnr"]) < 1.5  # dB
+    assert latents.shape[1:] == (4, 16, 16) and abs(latents.std() - 1) < 0.1
+    assert (ASSETS / "vae.safetensors").stat().st_size < 6e6
