@@ -128,6 +128,8 @@ def fit_prior(
     options = {"components": components, "rank": rank}
     accepted = {"gaussian": (), "lowrank": ("rank",), "mixture": ("components", "rank")}
     cls = get_prior(kind)
+    if kind.startswith("text_"):
+        raise ValueError(f"a {kind!r} prior is fitted with prompts: give --prompts, or call tdpm_ext.fit_text")
     if not hasattr(cls, "fit"):
         raise ValueError(f"a {kind!r} prior is not fitted: tdpm train makes one")
     for name, value in options.items():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tdpm_ext.calibrate import calibrate
+from tdpm_ext.fit import fit_prior
 from tdpm_ext.fit_text import fit_text_prior
 from tdpm_ext.priors import load_prior, save_prior
 from tdpm_ext.sampler import sample
@@ -206,5 +207,7 @@ def test_what_does_not_go_together_is_said():
     for given, options, words in refused:
         with pytest.raises(ValueError, match=words):
             fit_text_prior(*given, progress=False, **options)
+    with pytest.raises(ValueError, match="give --prompts"):
+        fit_prior("text_lowrank", x, progress=False)
     with pytest.raises(ValueError, match="text encoder"):
         fitted("text_lowrank").sample(torch.zeros(2, *SHAPE), text_pooled=torch.zeros(2, WIDTH + 1))
