@@ -45,7 +45,7 @@ class Family:
         rules: of the root and of the modules in it.
         prepare: ``prepare(root, replace)`` gives the patched modules of a root their caches; ``replace(module,
             forward, what)`` patches one more.
-        body: the module that Inductor compiles: most of the work, and nothing that is remembered.
+        body: the module that is compiled: most of the work, and nothing that is remembered.
         narrow: the modules that half precision applies to.
         blocks: whether its modules know the C++ blocks of `cpu_blocks`.
     """
