@@ -95,39 +95,42 @@ def _scatter(axis, points: torch.Tensor, std: float, words: str, head: str | Non
 
 
 def _evaluations(record: dict):
-    """Distance against evaluations, one panel per set, every line labelled at its end."""
-    figure, axes = _panels(len(record["sets"]))
-    for axis, row in zip(axes, record["sets"], strict=False):
-        axis.set(xscale="log", yscale="log")
-        ends = []
-        for arm, (color, dash, marker, width) in LOOKS.items():
-            own = sorted((a for a in row["arms"] if a["arm"] == arm), key=lambda a: a["evaluations"])
-            x, y = [a["evaluations"] for a in own], [a["sw"]["mean"] for a in own]
-            sd = [a["sw"]["sd"] or 0.0 for a in own]
-            axis.errorbar(x, y, sd, color=color, linestyle=dash, marker=marker, linewidth=width, elinewidth=0.6,
-                          markersize=9 if arm == "gan" else 4, markerfacecolor="white" if dash == "--" else color,
-                          )  # fmt: skip
-            ends.append((SHORT[arm], x[-1], y[-1], color, arm in ("mixture", "generator", "dpmpp_2m")))
-        floor = row["floor"]["sw"]["mean"]
-        axis.axhline(floor, color="black", linestyle=":", linewidth=1)
-        axis.text(0.99, floor, "floor: real points", transform=axis.get_yaxis_transform(), ha="right", va="top",
-                  fontsize=7)  # fmt: skip
-        axis.set_title(row["title"], loc="left", fontsize=9, fontweight="bold")
-        plain(axis, (1, 2, 3, 5, 10, 20, 50, 100, 250, 1000))
-        label_ends(figure, axis, ends)
+    """Left: distance against evaluations, one row per set; right: samples off the data. Lines are labelled there."""
+    rows = len(record["sets"])
+    figure, axes = _pyplot().subplots(rows, 2, figsize=(9.6, 2.35 * rows + 0.6), squeeze=False)
+    inch = 1 / figure.get_figheight()
+    figure.subplots_adjust(left=0.065, right=0.855, top=1 - 0.3 * inch, bottom=0.5 * inch, hspace=0.27, wspace=0.17)
+    for row, (left, right) in zip(record["sets"], axes, strict=True):
+        _curves(row, left, "sw", 1.0)
+        ends = _curves(row, right, "stray", 100.0)
+        left.set_title(f"{row['title']}: sliced Wasserstein distance over the data's std", loc="left", fontsize=8.5)
+        right.set_title("samples off the data, %", loc="left", fontsize=8.5)
+        label_ends(figure, right, ends)
     figure.supxlabel("network evaluations per sample, the prior's own counted", fontsize=9)
-    figure.supylabel("sliced Wasserstein distance over the data's std", fontsize=9)
     return figure
 
 
-def _panels(count: int):
-    rows = math.ceil(count / 2)
-    figure, axes = _pyplot().subplots(rows, 2, figsize=(9.6, 2.75 * rows + 0.5), squeeze=False)
-    for axis in axes.flat[count:]:
-        axis.set_visible(False)
-    inch = 1 / figure.get_figheight()
-    figure.subplots_adjust(left=0.075, right=0.875, top=1 - 0.3 * inch, bottom=0.55 * inch, hspace=0.27, wspace=0.5)
-    return figure, axes.flat
+def _curves(row: dict, axis, measure: str, scale: float) -> list[tuple]:
+    """Every arm's line in one panel; the ends of the lines, for their labels."""
+    axis.set(xscale="log", yscale="log")
+    ends = []
+    for arm, (color, dash, marker, width) in LOOKS.items():
+        own = sorted((a for a in row["arms"] if a["arm"] == arm), key=lambda a: a["evaluations"])
+        x, y = [a["evaluations"] for a in own], [scale * max(a[measure]["mean"], 5e-4) for a in own]
+        sd = [scale * (a[measure]["sd"] or 0.0) for a in own]
+        look = {"color": color, "linestyle": dash, "marker": marker, "linewidth": width, "elinewidth": 0.6}
+        fill = "white" if dash == "--" else color
+        axis.errorbar(x, y, sd, **look, markersize=9 if arm == "gan" else 4, markerfacecolor=fill)
+        if arm == "gan":  # a point: its label stands beside it
+            axis.annotate("GAN", (x[-1], y[-1]), xytext=(0, -14), textcoords="offset points", fontsize=8, ha="center")
+        else:
+            ends.append((SHORT[arm], x[-1], y[-1], color, arm in ("mixture", "generator", "dpmpp_2m")))
+    floor = scale * row["floor"][measure]["mean"]
+    axis.axhline(floor, color="black", linestyle=":", linewidth=1)
+    axis.text(0.99, floor, "floor: real points", transform=axis.get_yaxis_transform(), ha="right", va="bottom",
+              fontsize=7)  # fmt: skip
+    plain(axis, (1, 2, 3, 5, 10, 20, 50, 100, 250, 1000))
+    return ends
 
 
 def _cuts(record: dict):

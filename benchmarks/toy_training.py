@@ -25,7 +25,7 @@ BETAS, EMA = (0.0, 0.99), 0.995
 class Training:
     """Steps and batch of every training."""
 
-    denoiser_steps: int = 4000
+    denoiser_steps: int = 8000
     denoiser_batch: int = 512
     learning_rate: float = 3e-3
     prior_steps: int = 2000
@@ -100,15 +100,20 @@ ADVERSARIES = {
 }
 
 
-def train_prior(points: torch.Tensor, kind: str, how: Training, seed: int) -> nn.Module:
-    """A prior of one of the kinds in ``ADVERSARIES`` on its own data alone; "shared" is joint training from scratch.
+def train_prior(
+    points: torch.Tensor, kind: str, how: Training, seed: int, denoiser: ToyDenoiser | None = None
+) -> nn.Module:
+    """A prior of one of the kinds in ``ADVERSARIES``, from scratch; "shared" goes on from ``denoiser`` if it is given.
 
     "shared" is one network that denoises below ``LEVELS[1]`` and, called at ``SIGMA_INIT``, is the generator.
     """
     rule, joint = ADVERSARIES[kind], kind == "shared"
     generator = torch.Generator().manual_seed(1000 + seed)
     torch.manual_seed(1000 + seed)
-    prior = _Average(ToyDenoiser() if joint else ToyGenerator(), how.prior_rate, how.prior_steps, BETAS)
+    net = ToyDenoiser() if joint else ToyGenerator()
+    if joint and denoiser is not None:
+        net.load_state_dict(denoiser.state_dict())
+    prior = _Average(net, how.prior_rate, how.prior_steps, BETAS)
     critic = _Average(ToyCritic(), how.prior_rate, how.prior_steps, BETAS)
     loss, draw = adversarial_loss("relativistic", gamma=how.gamma), _drawer(points, how.prior_batch, generator)
 
