@@ -43,11 +43,12 @@ FRESH = "--sigma-init 1 --sigma-trunc 0.2 --noise fresh --sigma-low 0.1 --sigma-
 PATH = (
     "--sigma-init 4.5 --sigma-trunc 0.85 --noise kept --adversarial 0 --regression 1 --teacher 1536 --teacher-steps 24"
 )
-ARMS = {
+SLOWER = "--lr 3e-5 --disc-lr 5e-4 --ema 0.995"  # a second phase: smaller steps, a longer mean
+ARMS = {  # name -> flags of one phase, or of several that follow on each other
     "regression": f"--kind shared {PATH} --lr 3e-4 --steps 450",
     "regression-lora": f"--kind shared --rank 3 {PATH} --lr 1e-3 --steps 450",
     "regression-generator": f"--kind generator {PATH} --lr 1e-3 --steps 2000",
-    "shared": f"--kind shared {FRESH} --lr 1e-4",
+    "shared": (f"--kind shared {FRESH} --lr 1e-4 --steps 772", f"--kind shared {FRESH} {SLOWER} --steps 1900"),
     "lora": f"--kind shared --rank 3 {FRESH} --lr 1e-3",
     "generator": f"--kind generator {FRESH} --lr 4e-4",
     "non-saturating": f"--kind shared {FRESH} --loss non_saturating",
@@ -58,27 +59,40 @@ ARMS = {
 }
 
 
-def train_command(name: str, args: argparse.Namespace) -> list[str]:
-    words = ["--data", str(args.data), "--base", str(ASSETS / "prior.safetensors"), *ARMS[name].split()]
-    words += ["--batch", str(args.batch), "--minutes", str(args.minutes), "--device", args.device]
-    words += ["--disc-lr", "1e-3", "--ema", "0.98", "--check-every", str(args.check_every)]
-    return ["train", str(ASSETS / "denoiser.safetensors"), *words, "--out", str(args.out / name)]
+def train_commands(name: str, args: argparse.Namespace) -> list[list[str]]:
+    """The words after ``tdpm`` for each phase of an arm; flags given twice count as given last."""
+    phases, commands = ARMS[name], []
+    for k, flags in enumerate([phases] if isinstance(phases, str) else phases):
+        words = ["train", str(ASSETS / "denoiser.safetensors"), "--data", str(args.data)]
+        words += ["--base", str(ASSETS / "prior.safetensors"), "--disc-lr", "1e-3", "--ema", "0.98", *flags.split()]
+        words += ["--batch", str(args.batch), "--minutes", str(args.minutes), "--device", args.device]
+        words += ["--check-every", str(args.check_every), "--out", str(phase_folder(args, name, k))]
+        commands.append(words if k == 0 else [*words, "--start", str(phase_folder(args, name, k - 1))])
+    return commands
+
+
+def phase_folder(args: argparse.Namespace, name: str, phase: int = -1) -> Path:
+    """Where a phase of an arm works; the last one by default: there the finished prior lies."""
+    count = 1 if isinstance(ARMS[name], str) else len(ARMS[name])
+    phase %= count
+    return args.out / (name if phase == 0 else f"{name}-{phase + 1}")
 
 
 def train(args: argparse.Namespace) -> None:
     """Every arm in its own process; what it says goes to its folder."""
 
     def one(name: str) -> tuple[str, int]:
-        (args.out / name).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tdpm_ext.cli", *train_command(name, args)]
-        with (args.out / name / "output.txt").open("a") as said:
-            return name, subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+        args.out.mkdir(parents=True, exist_ok=True)
+        with (args.out / f"{name}.txt").open("a") as said:
+            for words in train_commands(name, args):
+                command = [sys.executable, "-m", "tdpm_ext.cli", *words]
+                if code := subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT).returncode:
+                    return name, code
+        return name, 0
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, code in pool.map(one, args.only):
-            print(
-                f"{name}: {'done' if code == 0 else f'failed ({code}), see {args.out / name}/output.txt'}", flush=True
-            )
+            print(f"{name}: {'done' if code == 0 else f'failed ({code}), see {args.out / name}.txt'}", flush=True)
 
 
 class Bench:
@@ -129,7 +143,7 @@ def planned(bench: Bench, folder: Path):
 
 def judged(bench: Bench, name: str) -> dict:
     """One arm: its prior's facts and a row per budget and objective."""
-    folder = bench.args.out / name
+    folder = phase_folder(bench.args, name)
     prior = planned(bench, folder)
     rows = []
     for objective in sorted(prior.plans):
@@ -145,16 +159,22 @@ def judged(bench: Bench, name: str) -> dict:
     denoiser = sum(p.numel() for p in bench.checkpoint.model.parameters())
     facts |= {"kind": prior.kind, "bytes": (folder / "planned.safetensors").stat().st_size}
     facts["added_share"] = card["added_parameters"] / denoiser
-    return {"arm": name, "flags": ARMS[name], **facts, "rows": rows}
+    return {
+        "arm": name,
+        "flags": ARMS[name] if isinstance(ARMS[name], str) else "; then ".join(ARMS[name]),
+        **facts,
+        "rows": rows,
+    }
 
 
 def judge(args: argparse.Namespace) -> None:
     """Judge every trained arm; with ``--json``, all of them in one record."""
     args.out.mkdir(parents=True, exist_ok=True)
     bench, arms = Bench(args), []
-    for name in [n for n in args.only if (args.out / n / "prior.safetensors").exists()]:
-        kept = args.out / name / f"judged-{args.samples}.json"
-        fresh = kept.exists() and kept.stat().st_mtime > (args.out / name / "prior.safetensors").stat().st_mtime
+    for name in [n for n in args.only if (phase_folder(args, n) / "prior.safetensors").exists()]:
+        folder = phase_folder(args, name)
+        kept, prior = folder / f"judged-{args.samples}.json", folder / "prior.safetensors"
+        fresh = kept.exists() and kept.stat().st_mtime > prior.stat().st_mtime
         if not fresh:
             kept.write_text(json.dumps(judged(bench, name)))
         arms.append(json.loads(kept.read_text()))
@@ -206,7 +226,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--data", type=Path, default=ASSETS / "fit.zip", help="pictures to learn from (default fit.zip)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "learned")
-    parser.add_argument("--minutes", type=float, default=30, help="of training per arm and call (default 30)")
+    parser.add_argument("--minutes", type=float, default=30, help="of training per phase and call (default 30)")
     parser.add_argument("--jobs", type=int, default=1, help="arms at a time (default 1)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--check-every", type=int, default=100)

@@ -61,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser, positive, positive_float) -> No
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the run; continued if it is there"
     )
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this run's state, with other options")
     parser.add_argument(
         "--base", default="mixture", help="closed-form prior file to start from, a kind to fit, or none"
     )
@@ -101,11 +102,17 @@ def run(args: argparse.Namespace) -> int:
         torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if args.precision == "bf16" else "no")
     checkpoint = _opened(args, options)
+    if args.start is not None and not (args.start / "state.safetensors").exists():
+        raise ValueError(f"--start {args.start} holds no run: give the --out of an earlier one")
     pictures = None if args.data is None else read_pictures(args, tuple(checkpoint.shape))
     with accelerator.main_process_first():
         base = _base(args, options, checkpoint, pictures)
     parts = {"images": None if pictures is None else pictures.images, "teacher": args.teacher_folder, "base": base}
-    parts |= {"labels": None if pictures is None else pictures.labels, "compile_networks": args.compile}
+    parts |= {
+        "labels": None if pictures is None else pictures.labels,
+        "compile_networks": args.compile,
+        "start": args.start,
+    }
     limits = Limits(args.steps, args.minutes, args.save_minutes, check_every=args.check_every)
     try:
         training = Run(options, checkpoint, args.out, accelerator, check_samples=args.check_samples, **parts)

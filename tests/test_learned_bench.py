@@ -17,10 +17,12 @@ MEASURES = ("fd", "kd", "precision", "recall", "density", "coverage")
 @pytest.mark.parametrize("name", learned.ARMS)
 def test_every_arm_is_a_command_of_options_that_fit(name):
     args = learned.parse(["train", "--only", name])
-    parsed = build_parser().parse_args(learned.train_command(name, args))
-    options = Options(**{field.name: getattr(parsed, field.name) for field in fields(Options)})
-    assert options.kind in name or options.kind == "shared"
-    assert parsed.out.name == name and parsed.checkpoint.exists()
+    phases = [build_parser().parse_args(words) for words in learned.train_commands(name, args)]
+    for parsed in phases:
+        options = Options(**{field.name: getattr(parsed, field.name) for field in fields(Options)})
+        assert options.kind in name or options.kind == "shared"
+    assert [parsed.start for parsed in phases] == [None, *(parsed.out for parsed in phases[:-1])]
+    assert phases[-1].out == learned.phase_folder(args, name) and phases[-1].checkpoint.exists()
 
 
 def arm(fd: float) -> dict:

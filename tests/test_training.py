@@ -180,6 +180,16 @@ def test_another_runs_folder_is_refused(tmp_path):
         run(tmp_path)
 
 
+def test_a_second_phase_goes_on_with_other_options(tmp_path):
+    run(tmp_path / "first").train(limits(2))
+    second = run(tmp_path / "second", replace(SMALL, lr=1e-5), start=tmp_path / "first")
+    assert second.step == 2
+    assert all(torch.equal(value, load_file(tmp_path / "first" / "state.safetensors")[key])
+               for key, value in second.tensors().items())  # fmt: skip
+    second.train(limits(3))
+    assert run(tmp_path / "second", replace(SMALL, lr=1e-5), start=tmp_path / "first").step == 3  # its own state now
+
+
 def two_processes(folder: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which came along with the fork
     accelerator = Accelerator(cpu=True)

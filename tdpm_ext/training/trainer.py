@@ -60,6 +60,8 @@ class Run:
         images, labels: uint8 [N, *shape] and int64 [N]; None: data-free, the teacher's pictures take their place.
         base: closed-form prior that leads to ``sigma_init``, or None.
         accelerator: of ``accelerate``; brings device, precision and processes.
+        start: folder of a run to go on from with other options (rates, weights of losses): its weights, discriminator,
+            optimizers and step. Without effect once the run in ``out`` has a state of its own.
 
     Raises:
         ValueError: options that do not fit each other, the checkpoint, or the run that stands in ``out``.
@@ -68,7 +70,7 @@ class Run:
     def __init__(
         self, options: Options, checkpoint, out: Path, accelerator, *, images: Tensor | None = None,
         labels: Tensor | None = None, base=None, teacher: Path | None = None, compile_networks: bool = False,
-        check_samples: int = 512,
+        check_samples: int = 512, start: Path | None = None,
     ):  # fmt: skip
         self.options, self.checkpoint, self.out, self.accelerator = options, checkpoint, out, accelerator
         self.device, processes = accelerator.device, accelerator.num_processes
@@ -92,8 +94,8 @@ class Run:
         if isinstance(loss, torch.nn.Module):  # a transport's navigator is trained on the prior's side
             self.trained += list(loss.to(self.device).parameters())
         if compile_networks:
-            self.prior.network.compile()
-            model.compile()
+            for module in {innermost(self.prior.network), innermost(model)}:
+                module.compile()
         sigma_data = float(checkpoint.config["model"].get("sigma_data", 1.0))
         average = mean_gradients(accelerator)
         parts = (options, model, self.prior, disc, loss, self.trained, self.device, average, accelerator.autocast)
@@ -103,8 +105,9 @@ class Run:
         watched = self.data.images if self.data.images is not None else self.teacher.final
         self.watch = Watch(options, watched.cpu(), check_samples, checkpoint.num_classes, self.device)
         self.step, self.seconds, self.health = 0, 0.0, Health()
-        if (out / "state.safetensors").exists():
-            self.step, self.seconds, self.health = load_state(out / "state.safetensors", self.tensors())
+        found = [folder / "state.safetensors" for folder in (out, start) if folder is not None]
+        if state := next((path for path in found if path.exists()), None):
+            self.step, self.seconds, self.health = load_state(state, self.tensors())
             self.say(f"resumed at step {self.step}, after {self.seconds / 60:.1f} minutes")
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -289,6 +292,13 @@ class Run:
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             log.warning("%s", text)
+
+
+def innermost(module: torch.nn.Module) -> torch.nn.Module:
+    """The network inside its wrappers (preconditioning, labels): what is worth compiling, and can be without breaks."""
+    while isinstance(inner := getattr(module, "inner_model", None), torch.nn.Module):
+        module = inner
+    return module
 
 
 class _Interrupted:
