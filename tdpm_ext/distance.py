@@ -6,6 +6,7 @@ schedule by, need no weights, and are not the networks that the benchmarks judge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,6 +51,7 @@ class FeatureDistance:
 
     def __init__(self, data, features: Callable[[torch.Tensor], torch.Tensor] | None = None, *, seed: int = 0):
         vectors, total, square, count = [], 0.0, 0.0, 0
+        low, high = math.inf, -math.inf
         self.features = features
         for x, _ in Batches(data, progress=False):
             if self.features is None:
@@ -57,8 +59,10 @@ class FeatureDistance:
                     raise ValueError(f"pictures of shape {tuple(x.shape[1:])}: give features= for data without C, H, W")
                 self.features = RandomFeatures(x.shape[1], seed)
             vectors.append(self.features(x).double())
+            low, high = min(low, float(x.min())), max(high, float(x.max()))
             centred = x.double()
             total, square, count = total + centred.sum(0), square + centred.square().sum(0), count + len(x)
+        self.range = low, high
         self.std = float((square / count - (total / count).square()).clamp_min(0).mean().sqrt())
         vectors = torch.cat(vectors)
         if len(vectors) < 2 * KEPT:
@@ -70,8 +74,13 @@ class FeatureDistance:
         self.target = (projected.mean(0), torch.cov(projected.T))
 
     def project(self, samples: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, *shape] -> float64 [B, KEPT]: what the distance compares, on the CPU."""
-        vectors = torch.cat([self.features(part).double() for part in samples.float().cpu().split(256)])
+        """Pictures [B, *shape] -> float64 [B, KEPT]: what the distance compares, on the CPU.
+
+        Within the range of the data, as they will be saved: where much of the data lies at an end of it (white paper),
+        values beyond would let noise pass for contrast.
+        """
+        samples = samples.float().cpu().clamp(*self.range)
+        vectors = torch.cat([self.features(part).double() for part in samples.split(256)])
         return (vectors - self.mean) @ self.axes
 
     def __call__(self, samples: torch.Tensor) -> float:

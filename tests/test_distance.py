@@ -160,3 +160,12 @@ def test_one_sample_is_no_distribution(distance, count):
 def test_samples_on_the_gpu_are_judged_like_those_on_the_cpu(distance):
     x = pictures(200, seed=1)
     assert distance(x.cuda()) == pytest.approx(distance(x))
+
+
+def test_pictures_are_judged_within_the_range_of_the_data_as_they_will_be_saved():
+    paper = pictures().clamp(-0.2, 1.0)
+    paper[:, :, :4] = 1.0  # half of each picture is white
+    distance = FeatureDistance(paper)
+    beyond = paper + 0.5 * (paper == 1.0) * torch.rand(paper.shape, generator=torch.Generator().manual_seed(3))
+    assert distance(beyond) == pytest.approx(distance(paper), abs=1e-9)
+    assert distance(paper - 0.3 * (paper == 1.0)) > distance(paper) + 1
