@@ -52,7 +52,8 @@ def _errors(record: dict, examples: dict, shown: tuple[float, ...]):
     axis.text(0.02, apart, "two pictures of one class", transform=axis.get_yaxis_transform(), va="bottom", fontsize=7)
     limits = axis.get_ylim()
     axis.plot(x, x, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
-    axis.text(x[0], x[0] * 1.1, "  the code itself", rotation=38, rotation_mode="anchor", fontsize=7, va="bottom")
+    middle = x[(len(x) - 1) // 3]
+    axis.text(middle, middle, "the code itself  ", fontsize=7, ha="right", va="center")
     axis.set_ylim(limits[0], limits[1] * 1.3)
     axis.set_title(f"{record['name']}: what decoding leaves of held-out pictures", loc="left", fontsize=9)
     plain(axis, (0.03, 0.1, 0.3, 1, 3, 10))
