@@ -99,6 +99,18 @@ def test_an_interpolation_begins_and_ends_with_the_reconstructions(auto, picture
     assert steps.max() < 2 * steps.min()
 
 
+def test_a_row_through_a_prior_of_classes_stays_in_its_class(pictures):
+    labels = torch.arange(len(pictures)) % 2
+    apart = pictures + torch.where(labels == 1, 4.0, -4.0).reshape(-1, 1, 1, 1)
+    prior = tdpm.fit_prior("mixture", apart, labels=labels, components=1, progress=False)
+    auto = AutoEncoder(lambda x, sigma, **cond: prior.denoise(x, sigma, **cond), prior, 6.0)
+    a, b = apart[labels == 1][:2]
+    row = auto.interpolate(a, b, 5, through="prior", class_cond=torch.ones(5, dtype=torch.long))
+    ends = auto.reconstruct(torch.stack([a, b]), 8, seed=[0, 0], class_cond=torch.ones(2, dtype=torch.long))
+    assert torch.allclose(row[[0, -1]], ends, atol=1e-3)
+    assert bool((row.flatten(1).mean(1) > 2).all())
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.integers(2, 50))
 def test_a_great_circle_keeps_the_length_of_unit_vectors_and_its_ends(seed, size):
