@@ -52,6 +52,17 @@ def evaluations_for(curve: list[tuple[int, metrics.Estimate]], distance: float) 
     return None
 
 
+def saved(points: list[dict], budgets) -> dict[int, float | None]:
+    """The rivals' evaluations over those at which ours reach their distance, at each budget; None: ours never do."""
+    ours, rivals = ([p for p in points if p["family"] in side] for side in ((OURS,), RIVALS))
+    curve, out = frontier(ours), {}
+    for budget in budgets:
+        best = best_within(rivals, budget)
+        needed = best and evaluations_for(curve, estimate(best).value)
+        out[budget] = best["nfe"] / needed if needed else None
+    return out
+
+
 def verdict(points: list[dict], budgets) -> list[dict]:
     """One row per budget that both sides can meet: see the schema of "tdpm-frontier/1".
 
@@ -60,19 +71,18 @@ def verdict(points: list[dict], budgets) -> list[dict]:
     at which ours reach the rival's distance.
     """
     ours, rivals = ([p for p in points if p["family"] in side] for side in ((OURS,), RIVALS))
-    curve, rows = frontier(ours), []
+    gained, rows = saved(points, budgets), []
     for budget in budgets:
         mine, theirs = best_within(ours, budget), best_within(rivals, budget)
         if mine is None or theirs is None:
             continue
         a, b = estimate(mine), estimate(theirs)
-        needed = evaluations_for(curve, b.value)
         rows.append({
             "budget": budget, "ours": mine["arm"], "ours_fd": mine["measures"]["fd"],
             "rival": theirs["arm"], "rival_fd": theirs["measures"]["fd"],
             "outcome": OUTCOMES[metrics.compare(a, b)],
             "on_frontier": bool(a.value - b.value <= np.hypot(a.error, b.error)),
-            "saved": None if needed is None else theirs["nfe"] / needed,
+            "saved": gained[budget],
         })  # fmt: skip
     return rows
 
