@@ -13,8 +13,9 @@ from tdpm_ext.checkpoints import Checkpoint, open_checkpoint
 from tdpm_ext.commands import read_pictures
 from tdpm_ext.denoiser import CheckpointModel, class_count
 from tdpm_ext.optional import import_k_diffusion
+from tdpm_ext.priors.learned import NOISES
 from tdpm_ext.training.losses import LOSSES
-from tdpm_ext.training.options import CRITICS, KINDS, NOISES, Options
+from tdpm_ext.training.options import CRITICS, KINDS, Options
 
 HELP = {
     "kind": f"of prior: {', '.join(KINDS)}; raw ones emit x at sigma_trunc itself",
@@ -85,7 +86,6 @@ def add_options(parser: argparse.ArgumentParser, positive, positive_float) -> No
     parser.add_argument(
         "--precision", choices=("no", "tf32", "bf16"), default="no", help="on a GPU (default no: float32)"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--config", type=Path, help="k-diffusion config JSON, if the checkpoint has none or another")
 
 

@@ -7,12 +7,11 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from tdpm_ext.priors.learned import NOISES
 from tdpm_ext.training.losses import LOSSES
 
 KINDS = ("shared", "generator", "raw-shared", "raw-generator")
-NOISES = ("fresh", "kept")
 CRITICS = ("features", "own")
-PRECISIONS = ("no", "tf32", "bf16")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Run:
 
     def __init__(
         self, options: Options, checkpoint, out: Path, accelerator, *, images: Tensor | None = None,
-        labels: Tensor | None = None, base=None, teacher: Path | None = None, compile_networks: bool = False,
+        labels: Tensor | None = None, base=None, teacher: Path | None = None,
         check_samples: int = 512, start: Path | None = None,
     ):  # fmt: skip
         self.options, self.checkpoint, self.out, self.accelerator = options, checkpoint, out, accelerator
@@ -93,21 +93,18 @@ class Run:
             self.trained += [p for p in model.requires_grad_(True).parameters() if id(p) not in known]
         if isinstance(loss, torch.nn.Module):  # a transport's navigator is trained on the prior's side
             self.trained += list(loss.to(self.device).parameters())
-        if compile_networks:
-            for module in {innermost(self.prior.network), innermost(model)}:
-                module.compile()
         sigma_data = float(checkpoint.config["model"].get("sigma_data", 1.0))
         average = mean_gradients(accelerator)
         parts = (options, model, self.prior, disc, loss, self.trained, self.device, average, accelerator.autocast)
         self.update = Step(*parts, sigma_data)
-        self.disc = disc
         self.mean = [p.detach().clone() for p in self.trained]
         watched = self.data.images if self.data.images is not None else self.teacher.final
         self.watch = Watch(options, watched.cpu(), check_samples, checkpoint.num_classes, self.device)
         self.step, self.seconds, self.health = 0, 0.0, Health()
         found = [folder / "state.safetensors" for folder in (out, start) if folder is not None]
         if state := next((path for path in found if path.exists()), None):
-            self.step, self.seconds, self.health = load_state(state, self.tensors())
+            self.step, self.seconds, health = load_state(state, self.tensors())
+            self.health = health if state == found[0] else Health()  # a new phase has its own best
             self.say(f"resumed at step {self.step}, after {self.seconds / 60:.1f} minutes")
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -292,13 +289,6 @@ class Run:
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             log.warning("%s", text)
-
-
-def innermost(module: torch.nn.Module) -> torch.nn.Module:
-    """The network inside its wrappers (preconditioning, labels): what is worth compiling, and can be without breaks."""
-    while isinstance(inner := getattr(module, "inner_model", None), torch.nn.Module):
-        module = inner
-    return module
 
 
 class _Interrupted:
