@@ -31,10 +31,11 @@ def test_the_feature_network_still_classifies_as_its_card_says(name):
     assert any(abs(measured - v) < 0.03 for v in stated), (measured, stated)
 
 
-def test_the_shipped_checkpoint_denoises_held_out_pictures_better_than_the_best_gaussian():
-    checkpoint = tdpm.open_checkpoint(ASSETS / "fashion-mnist" / "denoiser.safetensors")
-    prior = tdpm.fit_prior("gaussian", ASSETS / "fashion-mnist" / "fit.zip", progress=False)
-    pictures = load_pictures(ASSETS / "fashion-mnist" / "eval.zip", limit=64)
+@pytest.mark.parametrize("name, kind", [("fashion-mnist", "gaussian"), ("emoji", "lowrank")])
+def test_a_shipped_checkpoint_denoises_held_out_pictures_better_than_a_gaussian(name, kind):
+    checkpoint = tdpm.open_checkpoint(ASSETS / name / "denoiser.safetensors")
+    prior = tdpm.fit_prior(kind, ASSETS / name / "fit.zip", progress=False)
+    pictures = load_pictures(ASSETS / name / "eval.zip", limit=64)
     clean = to_unit(pictures.images)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     for sigma in (0.1, 0.5, 2.0):
@@ -43,3 +44,15 @@ def test_the_shipped_checkpoint_denoises_held_out_pictures_better_than_the_best_
             network = checkpoint.model(noisy, torch.full([64], sigma), class_cond=pictures.labels)
         error = (network - clean).square().mean()
         assert error < 0.9 * (prior.denoise(noisy, sigma) - clean).square().mean()
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "emoji"])
+def test_a_shipped_prior_belongs_to_its_checkpoint_and_knows_every_budget(name):
+    checkpoint = tdpm.open_checkpoint(ASSETS / name / "denoiser.safetensors")
+    prior = tdpm.load_prior(
+        ASSETS / name / "prior.safetensors", expect_shape=checkpoint.shape, expect_checkpoint=checkpoint.fingerprint
+    )
+    for objective in ("fidelity", "quality"):
+        assert {2, 3, 4, 5, 6, 8} <= prior.plans[objective].keys()
+    x = tdpm.sample(checkpoint.model, prior, steps=2, seed=[0, 1], extra_args={"class_cond": torch.tensor([0, 1])})
+    assert x.shape == (2, *checkpoint.shape) and bool(x.isfinite().all()) and float(x.std()) > 0.2
