@@ -110,7 +110,6 @@ def run(args: argparse.Namespace) -> int:
     parts = {"images": None if pictures is None else pictures.images, "teacher": args.teacher_folder, "base": base}
     parts |= {
         "labels": None if pictures is None else pictures.labels,
-        "compile_networks": args.compile,
         "start": args.start,
     }
     limits = Limits(args.steps, args.minutes, args.save_minutes, check_every=args.check_every)
