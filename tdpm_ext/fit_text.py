@@ -26,6 +26,7 @@ from tdpm_ext.priors.text import MAX_LOG_SPREAD, TextLowRankPrior, TextMixturePr
 KINDS = ("text_lowrank", "text_mixture")
 TEXT_AXES = 48  # leading principal axes of the embeddings that parameters are regressed on
 RANK = 256
+PIECE = 128  # pictures at a time
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1)  # ridges tried for the weights' regression
 
 
@@ -128,22 +129,28 @@ class TextAxes:
         return {"text_mean": self.mean.float(), "text_axes": self.matrix.float()}
 
 
+def _pieces(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches in pieces of which a few fit into memory in double precision."""
+    for x, pooled in batches:
+        yield from zip(x.split(PIECE), pooled.split(PIECE), strict=True)
+
+
 class _Residuals:
-    """Batches with the prompt's own mean taken off, for the moments to be taken of."""
+    """Batches with the prompt's own mean taken off, and their phi: what the moments are taken of."""
 
     def __init__(self, batches: Batches, axes: TextAxes, mean: Tensor, shift: Tensor):
         self.batches, self.axes, self.mean, self.shift = batches, axes, mean, shift
 
-    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        for x, pooled in self.batches:
-            flat = x.flatten(1).double() - self.mean - self.axes(pooled) @ self.shift
-            yield flat.float().reshape(x.shape), None
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, pooled in _pieces(self.batches):
+            phi = self.axes(pooled)
+            yield x - (self.mean + phi @ self.shift).float().reshape(x.shape), phi
 
 
 def _regress(batches: Batches, axes: TextAxes) -> tuple[Tensor, Tensor, int]:
     """Mean [d] of the data, and the change of it [T, d] per unit of each text axis, shrunk."""
     total, cross, square, count = 0.0, 0.0, 0.0, 0
-    for x, pooled in batches:
+    for x, pooled in _pieces(batches):
         flat, phi = x.flatten(1).double(), axes(pooled)
         total, cross = total + flat.sum(0), cross + phi.T @ flat
         square, count = square + flat.square().sum(), count + len(x)
@@ -166,14 +173,14 @@ def _fit_lowrank(batches, axes, rank, sigma_max, stop, seed) -> tuple[TextLowRan
     variances = unshrink(moments.variances, stop)
     floor = 1e-6 * float(moments.variances.mean()) + 1e-12
     logs, weighed = torch.zeros(axes.matrix.shape[1], len(variances), dtype=torch.float64), 0.0
-    for x, (_, pooled) in zip(rest, batches, strict=True):
-        squares = ((x[0].flatten(1).double() - moments.mean) @ moments.basis).square()
-        logs += axes(pooled).T @ (squares + floor).log() / count
+    for x, phi in rest:
+        squares = ((x.flatten(1).double() - moments.mean) @ moments.basis).square()
+        logs += phi.T @ (squares + floor).log() / count
     # the logarithm of a squared Gaussian number varies by pi^2 / 2 whatever its scale
     spread = _shrunk(logs, len(variances) * (math.pi**2 / 2) / count)
-    for x, (_, pooled) in zip(rest, batches, strict=True):
-        squares = ((x[0].flatten(1).double() - moments.mean) @ moments.basis).square()
-        limited = (axes(pooled) @ spread).clamp(-MAX_LOG_SPREAD, MAX_LOG_SPREAD)
+    for x, phi in rest:
+        squares = ((x.flatten(1).double() - moments.mean) @ moments.basis).square()
+        limited = (phi @ spread).clamp(-MAX_LOG_SPREAD, MAX_LOG_SPREAD)
         weighed = weighed + (squares / limited.exp()).sum(0) / count
     variances = variances * (weighed / moments.variances.clamp_min(1e-300)).clamp(0.1, 1.0)
     tensors = {"mean": mean + moments.mean, "basis": moments.basis, "variances": variances}
