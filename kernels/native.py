@@ -72,9 +72,9 @@ def near_zero(x: Tensor, groups: int) -> Tensor:
 
 
 def gelu(y: Tensor) -> Tensor:
-    """GELU (erf) of a tensor, in its memory format."""
+    """GELU (erf) of a tensor that is not needed any more, in its memory format."""
     if y.dim() != 4 or not y.is_cpu:
-        return functional.gelu(y)
+        return torch.ops.aten.gelu_(y)
     if y.numel() >= MANY:
         return functional.gelu(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # contiguous, for oneDNN's
     return functional.gelu(y.mT).mT if y.is_contiguous() else functional.gelu(y)  # not contiguous, for torch's own

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.launchers import debug_launcher
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -190,16 +190,33 @@ def test_a_second_phase_goes_on_with_other_options(tmp_path):
     assert run(tmp_path / "second", replace(SMALL, lr=1e-5), start=tmp_path / "first").step == 3  # its own state now
 
 
-def two_processes(folder: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which came along with the fork
+# autograd's threads forbid a fork of this process, so a fresh one makes the two
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator, debug_launcher
+
+sys.path.append(sys.argv[1])
+from tests.test_training import limits, run
+
+
+def train(folder):
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     run(Path(folder), accelerator=accelerator).train(limits(3))
 
 
+debug_launcher(train, (sys.argv[2],), num_processes=2)
+"""
+
+
 def test_two_processes_train_what_one_does(tmp_path):
     run(tmp_path / "one").train(limits(3))
-    debug_launcher(two_processes, (str(tmp_path / "two"),), num_processes=2)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(root), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-5)
