@@ -257,6 +257,16 @@ def test_the_shipped_size_of_generator_costs_less_than_half_of_the_denoiser():
     assert costs[0] <= 0.5 * costs[1]
 
 
+def test_the_shipped_learned_prior_belongs_to_the_shipped_checkpoint():
+    checkpoint = tdpm.open_checkpoint("assets/fashion-mnist/denoiser.safetensors")
+    prior = tdpm.load_prior("assets/fashion-mnist/prior-shared.safetensors", expect_checkpoint=checkpoint.fingerprint)
+    assert (prior.kind, prior.card["added_parameters"], sorted(prior.plans["quality"])) == ("shared", 0, [1, 2])
+    prior.bind(checkpoint.model, checkpoint.fingerprint)
+    extra = {"class_cond": torch.arange(10)}
+    x = tdpm.sample(checkpoint.model, prior, steps=2, seed=list(range(10)), extra_args=extra, objective="quality")
+    assert x.abs().max() < 1.5 and x.std() > 0.4  # pictures in [-1, 1], neither noise nor grey
+
+
 @pytest.mark.parametrize(
     ("kind", "path", "value", "complaint"),
     [
