@@ -171,6 +171,12 @@ def test_the_finished_prior_is_the_running_mean_and_samples(tmp_path):
     assert pictures.isfinite().all()
 
 
+@pytest.mark.parametrize(("kind", "levels"), [("generator", [(0.1, 0.0), (0.3, 0.1, 0.0)]), ("raw-generator", [])])
+def test_fresh_noise_is_planned_at_levels_that_were_compared(kind, levels, tmp_path):
+    prior = tdpm.load_prior(run(tmp_path, replace(SMALL, kind=kind, noise="fresh", finish=())).train(limits(1)))
+    assert [plan.sigmas for plan in prior.plans.get("quality", {}).values()] == levels
+
+
 def test_another_runs_folder_is_refused(tmp_path):
     run(tmp_path).train(limits(1))
     with pytest.raises(ValueError, match="gamma: 0.1 there, 0.2 here"):

@@ -65,6 +65,10 @@ def finished(prior: LearnedPrior, options: Options, checkpoint: str | None, abou
         plan = Plan((*options.finish, 0.0), (2,) * len(options.finish))
         aims = {"quality": options.adversarial, "fidelity": options.regression}
         done.plans = {aim: {plan.steps: plan} for aim, weight in aims.items() if weight}
+    elif options.adversarial and options.noise == "fresh" and options.levels[0] < options.sigma_trunc:
+        # pictures were compared from sigma_low up: a cut below it would be a level that no loss has looked at
+        ways = [(options.sigma_low, 0.0), (options.sigma_trunc, options.sigma_low, 0.0)]
+        done.plans = {"quality": {len(way) - 1: Plan(way, (2,) * (len(way) - 1)) for way in ways}}
     return done
 
 
