@@ -102,7 +102,7 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.checkpoint = tdpm.open_checkpoint(ASSETS / "denoiser.safetensors", self.device)
         self.judge = Judge.for_set("fashion-mnist")
-        self.seeds = list(range(FIRST_SEED, FIRST_SEED + BLOCKS * args.samples))
+        self.seeds = list(range(args.first_seed, args.first_seed + BLOCKS * args.samples))
         labels = class_sequence(self.judge.real.labels, self.checkpoint.num_classes, len(self.seeds))
         self.extra = {"class_cond": labels.to(self.device)}
         self.own = self._own_run()
@@ -230,6 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="arms at a time (default 1)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"of the judged pictures ({FIRST_SEED})")
     parser.add_argument("--reference", type=int, default=256, help="seeds that rmse is measured on (default 256)")
     parser.add_argument("--samples", type=int, default=2000, help="per block (default 2000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
