@@ -108,7 +108,7 @@ class Bench:
         self.own = self._own_run()
 
     def _own_run(self) -> torch.Tensor:
-        path, count = self.args.out / f"own-60-{self.args.reference}.safetensors", self.args.reference
+        path, count = self.args.out / f"own-60-{self.args.first_seed}-{self.args.reference}.safetensors", self.args.reference
         if not path.exists():
             z = noise_for(self.seeds[:count], self.checkpoint.shape).to(self.device)
             extra = {"class_cond": self.extra["class_cond"][:count]}
@@ -173,7 +173,8 @@ def judge(args: argparse.Namespace) -> None:
     bench, arms = Bench(args), []
     for name in [n for n in args.only if (phase_folder(args, n) / "prior.safetensors").exists()]:
         folder = phase_folder(args, name)
-        kept, prior = folder / f"judged-{args.samples}.json", folder / "prior.safetensors"
+        of = f"{args.first_seed}-{args.samples}-{args.reference}"
+        kept, prior = folder / f"judged-{of}.json", folder / "prior.safetensors"
         fresh = kept.exists() and kept.stat().st_mtime > prior.stat().st_mtime
         if not fresh:
             kept.write_text(json.dumps(judged(bench, name)))
