@@ -108,7 +108,8 @@ class Bench:
         self.own = self._own_run()
 
     def _own_run(self) -> torch.Tensor:
-        path, count = self.args.out / f"own-60-{self.args.first_seed}-{self.args.reference}.safetensors", self.args.reference
+        count = self.args.reference
+        path = self.args.out / f"own-60-{self.args.first_seed}-{count}.safetensors"
         if not path.exists():
             z = noise_for(self.seeds[:count], self.checkpoint.shape).to(self.device)
             extra = {"class_cond": self.extra["class_cond"][:count]}
