@@ -201,22 +201,28 @@ def start_from(prior, z, way: route.Route, extra_args: dict, *, branch: str | No
 
     ``branch``, if given, is what the prior's own ``branch`` said of the conditions.
     """
-    cond = {} if branch is None else {"branch": branch}
-    names = getattr(prior, "conditions", ("class_cond",))
-    for name, value in extra_args.items():
-        if names is None or (name in names and isinstance(value, torch.Tensor)):
-            cond[name] = value
+    cond = conditions_of(prior, extra_args) | ({} if branch is None else {"branch": branch})
     sigma, *_ = way.sigmas.tolist()
     if branch is not None or (way.solver is None and way.history and _knows_past(prior)):
         return prior.start(z, sigma, way.history, **cond)
     return prior.sample(z, sigma, **cond), ()
 
 
+def conditions_of(prior, extra_args: dict) -> dict:
+    """What of the model's arguments also conditions the prior."""
+    names = getattr(prior, "conditions", ("class_cond",))
+    return {
+        name: value
+        for name, value in extra_args.items()
+        if names is None or (name in names and isinstance(value, torch.Tensor))
+    }
+
+
 def _knows_past(prior) -> bool:
-    return getattr(prior, "knows_past", False) or has_closed_form(prior)
+    return getattr(prior, "knows_past", False) or _has_closed_form(prior)
 
 
-def has_closed_form(prior) -> bool:
+def _has_closed_form(prior) -> bool:
     """Whether the prior has a denoiser and a flow of its own; a learned one may have neither."""
     return all(getattr(type(prior), name) is not getattr(ImplicitPrior, name) for name in ("denoise", "transport"))
 

@@ -13,7 +13,7 @@ import torch
 
 from tdpm_ext import route
 from tdpm_ext.decide import seeded_noise
-from tdpm_ext.sampler import check_budget, has_closed_form, seeds_of, start_from
+from tdpm_ext.sampler import check_budget, conditions_of, seeds_of, start_from
 from tdpm_ext.solver import device_of, solve
 
 MIXED = "mixed"  # of `ClosedFormPrior.branch`
@@ -29,7 +29,8 @@ class Trajectory:
     Args:
         model: ``model(x, sigma, **extra_args) -> denoised``, a ``torch.nn.Module``. For the fastest network
             accelerate it first, ``tdpm_ext.kernels.accelerate(model, graphs="off")``.
-        prior: an ``ImplicitPrior``. A closed form is part of the graph; a learned one is called before it.
+        prior: an ``ImplicitPrior``. One with a method ``branch`` (the mixtures and Gaussians) is part of the graph;
+            another is called before it.
         steps: network evaluations per picture, the prior's own included.
         objective: which calibration table to use, "fidelity" or "quality".
         sigma_trunc: where to cut, instead of what the prior's table says.
@@ -99,10 +100,12 @@ class Trajectory:
             self._graphs.reset()
 
     def _run(self, z: torch.Tensor, extra_args: dict, branch: str | None = None) -> torch.Tensor:
-        return self._steps(*start_from(self.prior, z, self._route, extra_args, branch=branch), extra_args)
+        x, history = start_from(self.prior, z, self._route, extra_args, branch=branch)
+        return self._steps(x, [d for _, d in history], tuple(level for level, _ in history), extra_args)
 
-    def _steps(self, x: torch.Tensor, history: Sequence, extra_args: dict) -> torch.Tensor:
+    def _steps(self, x: torch.Tensor, past: list[torch.Tensor], levels: tuple, extra_args: dict) -> torch.Tensor:
         way = self._route
+        history = list(zip(levels, past, strict=True))
         options = {"orders": way.orders, "history": history, "weights": way.weights}
         return solve(self.model, x, way.sigmas, extra_args, None, True, **options)
 
@@ -113,19 +116,25 @@ class Trajectory:
             self._graphs = self._manager(z.device)
         # a model may branch on a number, so each value gets a graph of its own
         given = {name: Baked(value) if type(value) is float else value for name, value in extra_args.items()}
-        if not has_closed_form(self.prior):
-            return self._graphs(*start_from(self.prior, z, self._route, extra_args), given)
-        condition = extra_args.get("class_cond")
-        branch = self.prior.branch(len(z), condition if isinstance(condition, torch.Tensor) else None)
+        if not self._inside:
+            x, history = start_from(self.prior, z, self._route, extra_args)
+            levels = Baked(tuple(float(level) for level, _ in history))
+            return self._graphs(x, [d for _, d in history], levels, given)
+        branch = self.prior.branch(len(z), **conditions_of(self.prior, extra_args))
         if branch == MIXED:
             self._refused["some pictures have a class that the prior knows and some have not"] = None
             return self._run(z, extra_args)
         return self._graphs(z, given, branch)
 
+    @property
+    def _inside(self) -> bool:
+        """Whether the prior's draw can be part of the graph: it can say beforehand how its rows will move."""
+        return hasattr(self.prior, "branch")
+
     def _manager(self, device: torch.device):
         from tdpm_ext.kernels.graphs import GraphedTrajectory
 
-        if not has_closed_form(self.prior):
+        if not self._inside:
             return GraphedTrajectory(self._steps, watch=(self.model,), runtime=self._runtime)
         tensors = self.prior.on(device).values()
         return GraphedTrajectory(self._run, watch=(self.model, *tensors), runtime=self._runtime)

@@ -121,6 +121,27 @@ def test_a_prior_without_a_closed_form_is_called_before_the_graph(model, runtime
     assert (draw.stats.captures, draw.stats.replays, draw.reasons) == (1, 2, ())
 
 
+def test_what_such_a_prior_knows_of_higher_levels_goes_into_the_graph(model, runtime):
+    class Shrunk(tdpm.ImplicitPrior):
+        kind = "shrunk"
+
+        def denoise(self, x, sigma, **cond):
+            return x * 0.2 / (0.2 + sigma**2)
+
+        def transport(self, x, sigma_from, sigma_to, **cond):
+            return x * sigma_to / sigma_from
+
+    prior = Shrunk(SHAPE, sigma_trunc=1.0)
+    draw = Trajectory(model, prior, steps=3, runtime=runtime)
+    for seeds in ([0, 1], [5, 9]):
+        same(draw, model, prior, seeds, steps=3)
+    without = Trajectory(
+        model, type("Blind", (Shrunk,), {"start": lambda self, z, s, h=(), **c: (z * s, [])})(SHAPE, 1.0), 3
+    )
+    assert (draw.stats.captures, draw.stats.replays, draw.reasons) == (1, 2, ())
+    assert not torch.allclose(draw([0, 1]), without([0, 1]), atol=1e-4)
+
+
 def test_a_plain_function_is_refused(labelled):
     with pytest.raises(TypeError, match="model is a function: give a torch.nn.Module"):
         Trajectory(lambda x, sigma: x, labelled)
