@@ -181,7 +181,7 @@ def test_wheel_says_what_it_needs(wheel):
     }
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra: ")}
     assert required == set(NEEDED)
-    assert extras == {"kdiffusion", "triton", "xformers", "train", "bench", "hosts", "dev"}
+    assert extras == {"kdiffusion", "triton", "xformers", "train", "bench", "hosts", "tldm", "dev"}
     assert "Requires-Python: >=3.10" in lines
 
 
