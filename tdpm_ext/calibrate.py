@@ -15,18 +15,21 @@ from itertools import pairwise
 import torch
 from tqdm.auto import tqdm
 
-from tdpm_ext.distance import FeatureDistance
+from tdpm_ext.activations import activations_of
+from tdpm_ext.distance import FeatureDistance, some_pictures, spread
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
 from tdpm_ext.reference import StandIn, Trajectories, run_batched
 from tdpm_ext.schedule import karras
 from tdpm_ext.solver import device_of, rows_of, solve, step_weights
+from tdpm_ext.surface import Point, Surface
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
 OBJECTIVES = ("fidelity", "quality")
 RHOS = (1.0, 2.0, 3.0, 5.0, 7.0)
 FEW = 4  # evaluations
 RIDGE = 2e-3  # pull of fitted weights towards the usual ones, relative to the estimates' spread
+LOOK = 0.2  # of the data's std: the noise level at which the checkpoint looks at pictures to judge them
 HISTORY = (1.6, 2.56)  # levels of the seeded estimates, as multiples of sigma_trunc
 
 
@@ -54,7 +57,8 @@ def calibrate(
         objective: ``fidelity`` (no data needed) or ``quality`` (needs ``data``).
         data: pictures in the form `fit_prior` takes.
         num_classes: sample with ``class_cond`` running through the classes; 0: unconditionally.
-        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions.
+        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: the model's own
+            activations, or fixed random convolutions where it shows none.
         samples: seeds used (default 48 for fidelity; 384 for quality, half of them beyond 4 evaluations).
 
     Raises:
@@ -82,10 +86,21 @@ def calibrate(
     if objective == "fidelity":
         plans = _fidelity(job, budgets)
     else:
-        plans = _quality(job, budgets, FeatureDistance(data, features, seed=seed))
+        plans = _quality(job, budgets, _distance(job, data, features, extra_args, seed))
     prior.plans[objective] = {**prior.plans.get(objective, {}), **plans}
     prior.card["calibrated_cond_scale"] = float(extra.get("cond_scale", 1.0))
     return prior
+
+
+def _distance(job: _Job, data, features, given: dict | None, seed: int) -> FeatureDistance:
+    """Judged by the given features, or the checkpoint's own activations where it shows any, or random ones."""
+    pictures = some_pictures(data)
+    if features is None:
+        # One condition for all, so that only the pictures differ; and one evaluation each, without guidance.
+        extra = {k: v for k, v in rows_of(given or {}, slice(1), len(job.z)).items() if k != "cond_scale"}
+        settings = {"batch": job.batch, "seed": seed}
+        features = activations_of(job.model, LOOK * spread(pictures), job.prior.shape, extra, **settings)
+    return FeatureDistance(pictures, features, seed=seed)
 
 
 class _Job:
@@ -262,49 +277,30 @@ def _scaled(plan: Plan, factor: float, keep: int) -> Plan | None:
 
 
 def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[int, Plan]:
-    """A line search over the cut, then over the last sigma, started from the neighbouring budget's best."""
+    """Cut and last sigma of least distance to pictures, started from the neighbouring budget's."""
     std = max(distance.std, job.sigma_min)
     plans: dict[int, Plan] = {}
     point = None
     for budget in tqdm(budgets, desc="calibrating quality", disable=not job.progress):
-        scores: dict[tuple[float, float], float] = {}
-
         # Long runs cost more and depend less on where they are cut: half the seeds will do there.
         some = job if budget <= FEW else job.part(len(job.z) // 2)
 
-        def score(point: tuple[float, float], budget=budget, scores=scores, some=some) -> float:
-            if point not in scores and not job.prior.starts_at(point[0]):
-                scores[point] = math.inf
-            if point not in scores:
-                scores[point] = distance(some.run(make_plan(*point, budget, 3.0, 2, 2)))
-            return scores[point]
+        def score(point: Point, budget=budget, some=some) -> float:
+            cut, last = point
+            if not job.prior.starts_at(cut) or last > 0.9 * cut:
+                return math.inf
+            return distance(some.run(make_plan(cut, last, budget, 3.0, 2, 2)))
 
+        surface = Surface(score)
         if point is None:  # cut and last sigma pull at each other, and one walk can end in the wrong valley
-            point = min(_first_points(job.prior, std), key=score)
-        for axis, factor in ((0, 1.4), (1, 1.6)):
-            point = _line_search(score, point, axis, factor)
-        plans[budget] = replace(make_plan(*point, budget, 3.0, 2, 2), error=score(point))
+            point = min(_first_points(job.prior, std), key=surface)
+        point = surface.lowest(point)
+        plans[budget] = replace(make_plan(*point, budget, 3.0, 2, 2), error=surface(point))
         point = (point[0], 0.85 * point[1])  # more evaluations can end lower
     return plans
 
 
-def _first_points(prior: ImplicitPrior, std: float) -> list[tuple[float, float]]:
-    """(cut, last sigma) to begin a walk from; the last sigma is a share of std, and below the cut."""
+def _first_points(prior: ImplicitPrior, std: float) -> list[Point]:
+    """(cut, last sigma) to begin from; the last sigma is a share of std, and below the cut."""
     cuts = [std * c for c in (1.0, 2.2, 4.8)] if prior.prior_nfe == 0 else prior.cuts(std)[1::2] or prior.cuts(std)
     return [(cut, std * e) for cut in cuts for e in (0.06, 0.25, 0.8)]
-
-
-def _line_search(score, point: tuple[float, float], axis: int, factor: float) -> tuple[float, float]:
-    """Walk along one coordinate in steps of ``factor`` while the score falls."""
-
-    def move(p, times):
-        return tuple(v * times if i == axis else v for i, v in enumerate(p))
-
-    value = score(point)
-    for times in (factor, 1 / factor):
-        walked = False
-        while (new := score(move(point, times))) < value:
-            point, value, walked = move(point, times), new, True
-        if walked:
-            break
-    return point

@@ -1,21 +1,25 @@
 """A distance between sets of pictures for calibration: Frechet, in fixed random features unless better are given.
 
-Random convolutions see edges, textures and their placement; they rank variants of one model well enough to choose a
-schedule by, need no weights, and are not the networks that the benchmarks judge with.
+Random convolutions see edges, textures and their placement; they need no weights. Calibration gives the activations
+of the checkpoint itself where it shows any (activations.py), which rank plans better. Neither is a network that the
+benchmarks judge with.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tdpm_ext.pictures import Pictures, load_pictures
 from tdpm_ext.priors.moments import Batches
 
 KEPT = 64  # leading feature axes in which the distance is taken
+FLAT = 1e-5  # of the widest axis's variance: along narrower ones the features do not vary
+MOST = 5000  # pictures that the target is made of
 
 
 class RandomFeatures(nn.Module):
@@ -47,34 +51,36 @@ def frechet(mean_a, cov_a, mean_b, cov_b) -> float:
 
 
 class FeatureDistance:
-    """``distance(samples) -> float`` against a set of pictures; ``std`` is the pictures' own, per entry."""
+    """``distance(samples) -> float`` against a set of pictures; ``std`` is the pictures' own, per entry.
+
+    The features are taken along their principal axes, each brought to variance 1 over the pictures: left as they are,
+    the few widest axes, brightness and shape, would outweigh all that tells sharp from blurred.
+
+    Args:
+        data: pictures in any form that fitting takes; at most ``MOST`` are used, evenly from all, or a loader's first.
+        features: maps pictures [B, *shape] to vectors [B, F]; default: `RandomFeatures`.
+    """
 
     def __init__(self, data, features: Callable[[torch.Tensor], torch.Tensor] | None = None, *, seed: int = 0):
-        vectors, total, square, count = [], 0.0, 0.0, 0
-        low, high = math.inf, -math.inf
-        self.features = features
-        for x, _ in Batches(data, progress=False):
-            if self.features is None:
-                if x.ndim != 4:
-                    raise ValueError(f"pictures of shape {tuple(x.shape[1:])}: give features= for data without C, H, W")
-                self.features = RandomFeatures(x.shape[1], seed)
-            vectors.append(self.features(x).double())
-            low, high = min(low, float(x.min())), max(high, float(x.max()))
-            centred = x.double()
-            total, square, count = total + centred.sum(0), square + centred.square().sum(0), count + len(x)
-        self.range = low, high
-        self.std = float((square / count - (total / count).square()).clamp_min(0).mean().sqrt())
-        vectors = torch.cat(vectors)
-        if len(vectors) < 2 * KEPT:
-            raise ValueError(f"{len(vectors)} pictures are too few to calibrate quality by: give at least {2 * KEPT}")
+        x = some_pictures(data)
+        if features is None and x.ndim != 4:
+            raise ValueError(f"pictures of shape {tuple(x.shape[1:])}: give features= for data without C, H, W")
+        if len(x) < 2 * KEPT:
+            raise ValueError(f"{len(x)} pictures are too few to calibrate quality by: give at least {2 * KEPT}")
+        self.features = RandomFeatures(x.shape[1], seed) if features is None else features
+        self.range = float(x.min()), float(x.max())
+        self.std = spread(x)
+        vectors = torch.cat([self.features(part).double() for part in x.split(256)])
         self.mean, scale = vectors.mean(0), vectors.std(0).clamp_min(1e-6)
-        _, axes = torch.linalg.eigh(torch.cov(((vectors - self.mean) / scale).T))
-        self.axes = axes[:, -KEPT:] / scale[:, None]
+        values, axes = torch.linalg.eigh(torch.cov(((vectors - self.mean) / scale).T))
+        kept = values[-KEPT:] > FLAT * values[-1]
+        values, axes = values[-KEPT:][kept], axes[:, -KEPT:][:, kept]
+        self.axes = axes / scale[:, None] / values.sqrt()
         projected = (vectors - self.mean) @ self.axes
         self.target = (projected.mean(0), torch.cov(projected.T))
 
     def project(self, samples: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, *shape] -> float64 [B, KEPT]: what the distance compares, on the CPU.
+        """Pictures [B, *shape] -> float64 [B, at most KEPT]: what the distance compares, on the CPU.
 
         Within the range of the data, as they will be saved: where much of the data lies at an end of it (white paper),
         values beyond would let noise pass for contrast.
@@ -90,3 +96,24 @@ class FeatureDistance:
             raise ValueError("the pictures to judge hold NaN or infinity: check the checkpoint and its units")
         projected = self.project(samples)
         return frechet(projected.mean(0), torch.cov(projected.T), *self.target)
+
+
+def some_pictures(data) -> torch.Tensor:
+    """At most ``MOST`` pictures, float [N, *shape]: evenly from all, or the first of a loader."""
+    if isinstance(data, (str, Path)):
+        data = load_pictures(data, limit=MOST)
+    data = data.images if isinstance(data, Pictures) else data
+    if isinstance(data, torch.Tensor) and len(data) > MOST:  # sets are often sorted by class
+        data = data[torch.linspace(0, len(data) - 1, MOST).round().long()]
+    parts, count = [], 0
+    for x, _ in Batches(data, progress=False):
+        parts.append(x[: MOST - count])
+        count += len(parts[-1])
+        if count == MOST:
+            break
+    return torch.cat(parts)
+
+
+def spread(x: torch.Tensor) -> float:
+    """Root mean variance per entry: the std of pictures [N, *shape] in the denoiser's units."""
+    return float(x.double().var(0, correction=0).mean().sqrt())

@@ -65,9 +65,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fit": PRIORS,
     "fit_text": PRIORS | {"fit"},
     "reference": PRIORS,
+    "activations": set(),
     "distance": PRIORS,
-    "calibrate": PRIORS | {"sampler", "reference", "distance"},
-    "training": SAMPLING | {"checkpoints", "decide", "distance", "grid"},
+    "surface": set(),
+    "calibrate": PRIORS | {"sampler", "reference", "activations", "distance", "surface"},
+    "training": SAMPLING | {"checkpoints", "decide", "activations", "distance", "grid"},
     "autoencoder": SAMPLING | {"decide"},
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }
