@@ -187,7 +187,8 @@ def build(args: argparse.Namespace) -> Contest:
     else:
         opened = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors", args.device)
         model, classes, fingerprint = opened.model, opened.num_classes, opened.fingerprint
-        accelerate(model)  # equal to rounding, and the same for every sampler
+        if args.accelerate != "off":
+            accelerate(model, precision=args.accelerate)  # equal to rounding, and the same for every sampler
     labels = judge.real.labels if classes else None
     judge.net.to(device)
     drawer = Drawer(model, tuple(judge.real.images.shape[1:]), classes, labels, None, device)
@@ -219,6 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="timed rounds (default 5; 0: no milliseconds)")
     add("--batch", type=int, default=64)
     add("--device", default="cpu")
+    add("--accelerate", choices=("off", "exact", "compile"), default="exact", help="compile: faster on a CPU")
     add("--work", type=Path, help="where finished pieces are kept (default out/pareto/NAME)")
     add("--out", type=Path, help="the record (default benchmarks/results/frontier-NAME.json)")
     add(

@@ -33,6 +33,7 @@ import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import features as judges  # noqa: E402
 from benchmarks import metrics, records, rivals  # noqa: E402
 from benchmarks.judging import class_sequence, spread  # noqa: E402
+from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
@@ -301,6 +302,9 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--calibration-samples", type=int, nargs=2, metavar=("FIDELITY", "QUALITY"))
     p.add_argument("--leaders", type=int, default=4, help="settings that go on to the second tuning round")
     p.add_argument("--batch", type=int, default=100)
+    p.add_argument(
+        "--accelerate", choices=("off", "exact", "compile"), default="exact", help="compile: faster on a CPU"
+    )
     p.add_argument("--device", default="cpu")
     p.add_argument("--work", type=Path, help="folder for finished arms (default out/quality/NAME)")
     p.add_argument("--out", type=Path, help="JSON (default benchmarks/results/quality-NAME.json)")
@@ -327,6 +331,8 @@ def build(args: argparse.Namespace) -> Bench:
         model, classes, fingerprint = tdpm.IdealDenoiser(to_unit(fit.images)).to(args.device), 0, None
     else:
         checkpoint = tdpm.open_checkpoint(args.checkpoint or assets / "denoiser.safetensors", args.device)
+        if args.accelerate != "off":
+            accelerate(checkpoint.model, precision=args.accelerate)  # equal to rounding, and the same for all
         model, classes, fingerprint = checkpoint.model, checkpoint.num_classes, checkpoint.fingerprint
     net.to(args.device)
     return Bench(args.name, model, args.ideal, classes, fit, judge, net, work, args, fingerprint, real.labels)

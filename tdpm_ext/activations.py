@@ -60,14 +60,13 @@ class Activations:
         finally:
             for hook in hooks:
                 hook.remove()
-        # an accelerated model may run a batch in several parts
-        maps = [
-            torch.cat(own).float() for own in seen if own and all(isinstance(f, Tensor) and f.ndim == 4 for f in own)
-        ]
-        maps = [f for f in maps if len(f) == len(x)]
+        # An accelerated model may run a batch in parts, or more than once to see what is faster, and guidance doubles
+        # it: whatever came last are these pictures.
+        known = (own for own in seen if own and all(isinstance(f, Tensor) and f.ndim == 4 for f in own))
+        maps = [f[-len(x) :].float() for f in map(torch.cat, known) if len(f) >= len(x)]
         if not maps:
             raise ValueError("this denoiser shows no blocks with activations [B, C, H, W]")
-        return torch.cat([F.adaptive_avg_pool2d(f.float(), GRID).flatten(1) for f in maps], 1).cpu()
+        return torch.cat([F.adaptive_avg_pool2d(f, GRID).flatten(1) for f in maps], 1).cpu()
 
 
 def activations_of(

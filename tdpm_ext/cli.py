@@ -208,6 +208,16 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cond-scale", type=float, default=1.0, help="guidance scale, 1 = none (default 1)")
 
 
+def _accelerate_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accelerate",
+        choices=("off", "exact", "half", "compile"),
+        default="exact",
+        help="exact (default): the same pictures to rounding, faster; half, compile: change them a little, and are "
+        "taken only where a measurement at the first call finds them faster (compiling takes seconds to minutes)",
+    )
+
+
 def _prompts_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line, for checkpoints of text")
 
@@ -268,6 +278,7 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="PRIOR", help="write here instead of over PRIOR")
     _prompts_option(parser)
     _model_options(parser)
+    _accelerate_option(parser)
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
@@ -297,13 +308,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=positive, default=16, help="pictures at a time; does not change them (default 16)"
     )
-    parser.add_argument(
-        "--accelerate",
-        choices=("off", "exact", "half", "compile"),
-        default="exact",
-        help="exact (default): the same pictures to rounding, faster; half, compile: change them a little, and are "
-        "taken only where a measurement at the first call finds them faster (compiling takes minutes)",
-    )
+    _accelerate_option(parser)
     parser.add_argument("--prompt", action="append", help="what to draw; may be given several times")
     _prompts_option(parser)
     parser.add_argument("--negative-prompt", metavar="PROMPT", help="what to guide away from; needs --cond-scale")

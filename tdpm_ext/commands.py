@@ -67,6 +67,7 @@ def calibrate(args: argparse.Namespace) -> None:
     prior = load_prior(args.prior, expect_shape=checkpoint.shape, expect_checkpoint=checkpoint.fingerprint)
     if not prior.ready:
         prior.bind(checkpoint.model, checkpoint.fingerprint)
+    accelerated(args, checkpoint)
     options = {"seed": args.seed, "sigma_min": checkpoint.sigma_min, "progress": sys.stderr.isatty()}
     options["num_classes"] = 0 if args.unlabelled else checkpoint.num_classes
     if args.samples is not None:
@@ -165,6 +166,15 @@ def plan_lines(objective: str, rows: dict) -> list[str]:
 def open_for(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint named on the command line, on the device named there."""
     return open_checkpoint(args.checkpoint, device=pick_device(args.device), config=args.config)
+
+
+def accelerated(args: argparse.Namespace, checkpoint: Checkpoint):
+    """The handle of what --accelerate did to the network, or None."""
+    if args.accelerate == "off":
+        return None
+    from tdpm_ext.kernels import accelerate
+
+    return accelerate(checkpoint.model, precision=args.accelerate)
 
 
 def pick_device(name: str | None) -> torch.device:

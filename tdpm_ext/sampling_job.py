@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdpm_ext.checkpoints import Checkpoint
-from tdpm_ext.commands import open_for, start_sigma
+from tdpm_ext.commands import accelerated, open_for, start_sigma
 from tdpm_ext.grid import picture_grid, save_png, to_image
 from tdpm_ext.optional import import_k_diffusion
 from tdpm_ext.pictures import to_uint8
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     sigmas = _sigmas(args, checkpoint)
     sampler = _sampler(args, checkpoint, device)
     hidden = _hidden_calls(sampler, checkpoint)
-    handle = _accelerate(args, checkpoint)
+    handle = accelerated(args, checkpoint)
     done: list[Tensor] = []
     seconds = 0.0
     with _CallCounter(checkpoint.model, args.sampler, -(-len(jobs) // args.batch), args.steps) as counter:
@@ -85,15 +85,6 @@ def _hidden_calls(sampler, checkpoint: Checkpoint) -> int:
     prior = getattr(sampler, "keywords", {}).get("prior")
     called = (getattr(prior, name, None) for name in ("network", "source"))
     return 0 if prior is None or any(one is checkpoint.model for one in called) else prior.prior_nfe
-
-
-def _accelerate(args: argparse.Namespace, checkpoint: Checkpoint):
-    """The handle of what was done to the network, or None."""
-    if args.accelerate == "off":
-        return None
-    from tdpm_ext.kernels import accelerate
-
-    return accelerate(checkpoint.model, precision=args.accelerate)
 
 
 class _CallCounter:
