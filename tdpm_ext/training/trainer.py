@@ -8,6 +8,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Limits:
 
     Attributes:
         steps, minutes: stop and save at whichever comes first. save_minutes: between saves.
+        clock: what ``minutes`` are measured with, in seconds; `time.process_time` makes them the process's own.
         log_every: steps. check_every: steps between two looks at ``check_samples`` pictures; 0: never.
     """
 
@@ -46,6 +48,7 @@ class Limits:
     log_every: int = 20
     check_every: int = 200
     check_samples: int = 512
+    clock: Callable[[], float] = time.monotonic
 
 
 class TrainingFailed(RuntimeError):
@@ -157,7 +160,7 @@ class Run:
             KeyboardInterrupt: after saving, when Ctrl-C was pressed (a second one does not wait for the step).
             TrainingFailed: NaN or collapse; the last good state stands.
         """
-        began, saved, base = time.monotonic(), time.monotonic(), self.seconds
+        began, saved, base = limits.clock(), time.monotonic(), self.seconds
         window: list[Tensor] = []
         main = self.accelerator.is_main_process
         total = limits.steps if limits.steps < UNLIMITED else None
@@ -166,13 +169,13 @@ class Run:
             while self.step < limits.steps:
                 window.append(self._advance())
                 bar.update()
-                self.seconds = base + time.monotonic() - began
+                self.seconds = base + limits.clock() - began
                 if self.step % limits.log_every == 0:
                     self._report(torch.stack(window), bar)
                     window = []
                 if limits.check_every and self.step % limits.check_every == 0:
                     self._check()
-                out_of_time = time.monotonic() - began > limits.minutes * 60
+                out_of_time = limits.clock() - began > limits.minutes * 60
                 if self._anyone(interrupted.asked or out_of_time):
                     break
                 if time.monotonic() - saved > limits.save_minutes * 60:
