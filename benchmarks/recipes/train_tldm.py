@@ -7,7 +7,8 @@ Reads pictures, captions and encoded phrases from --data (out/tldm). Captions ar
 dropped in one of ten; pictures are mirrored half the time, and their captions say so. Latents are drawn from the
 auto-encoder's posterior. Run the same command again to go on after an interruption; Ctrl-C saves. OUT holds
 ``denoiser.safetensors``: moving average, half precision, an inference checkpoint as k-diffusion writes them whose
-config says in ``text`` which encoder, styles and auto-encoder belong to it.
+config says in ``text`` which encoder, styles and auto-encoder belong to it. ``--export FILE`` writes that of a run as
+it stands, and leaves the run alone: it may be going on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,6 +108,17 @@ def write(run: TimedRun, config: dict, vae: PictureVAE, path: Path) -> None:
     save_atomically({name: value.half() for name, value in run.net.state_dict().items()}, path, meta)
 
 
+def export(args: argparse.Namespace, config: dict, begun: Callable[[], TimedRun]) -> int:
+    """--export: a run's present moving average as a checkpoint."""
+    if not (args.out / "state.safetensors").exists():
+        print(f"train_tldm: {args.out} holds no run: give the --out of one that was begun", file=sys.stderr)
+        return 2
+    run = begun()
+    write(run, config, load_vae(args.vae), args.export)
+    print(f"step {run.step}, {run.seconds:.0f} s: {args.export}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("out/tldm"), help="zips, captions, phrases (out/tldm)")
@@ -117,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default 1e-3)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the state of --out as a checkpoint and stop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     import k_diffusion as K
@@ -126,6 +140,15 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     config = K.config.load_config(json.loads(args.config.read_text()))
+    budget = Budget(args.minutes, args.steps, args.rate)
+
+    def begun() -> TimedRun:
+        torch.manual_seed(args.seed)
+        inner = K.config.make_model(config).to(memory_format=torch.channels_last)
+        return TimedRun(inner, args.out, device, budget, seed=args.seed, ema=0.9995)
+
+    if args.export is not None:
+        return export(args, config, begun)
     try:
         vae, latents, held_out, (captions, judged) = load_all(
             args, config, device, torch.bfloat16 if amp else torch.float32
@@ -133,11 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"train_tldm: {error}", file=sys.stderr)
         return 2
-    torch.manual_seed(args.seed)
-    inner = K.config.make_model(config).to(memory_format=torch.channels_last)
-    budget = Budget(args.minutes, args.steps, args.rate)
-    run = TimedRun(inner, args.out, device, budget, seed=args.seed, ema=0.9995)
-    denoiser = K.config.make_denoiser_wrapper(config)(inner)
+    run = begun()
+    denoiser = K.config.make_denoiser_wrapper(config)(run.net)
     density = K.config.make_sample_density(config["model"])
     loss = Loss(denoiser, density, latents, held_out, captions, judged, args.batch, amp)
     run.train(loss, judge=loss.judge)
