@@ -46,27 +46,36 @@ class Activations:
         return out if self.mix is None else out @ self.mix
 
     def _of(self, x: Tensor) -> Tensor:
+        weight = next(self.model.parameters(), x)
+        x = x.to(weight.device)
+        extra = {k: v.expand(len(x), *v.shape[1:]) if isinstance(v, Tensor) else v for k, v in self.extra.items()}
+        for _ in range(2):  # an accelerated model may run parts of its first call several times, to see what is faster
+            seen = self._seen(x, extra)
+            if len({len(f) for f in seen}) == 1 and len(seen[0]) in (len(x), 2 * len(x)):
+                return torch.cat([f[-len(x) :] for f in seen], 1).cpu()  # of a guided batch, the half that came last
+        raise ValueError("this denoiser shows no blocks with activations [B, C, H, W], one for each picture")
+
+    def _seen(self, x: Tensor, extra: dict) -> list[Tensor]:
+        """Of every block that gave activations, their means, in as many rows as it has run."""
         blocks = outer_blocks(self.model)
-        seen: list[list[Tensor]] = [[] for _ in blocks]
+        found: list[list[Tensor | None]] = [[] for _ in blocks]
         hooks = [
-            block.register_forward_hook(lambda module, given, found, own=own: own.append(found))
-            for block, own in zip(blocks, seen, strict=True)
+            block.register_forward_hook(lambda module, given, out, own=own: own.append(_means(out)))
+            for block, own in zip(blocks, found, strict=True)
         ]
         try:
-            weight = next(self.model.parameters(), x)
-            x = x.to(weight.device)
-            extra = {k: v.expand(len(x), *v.shape[1:]) if isinstance(v, Tensor) else v for k, v in self.extra.items()}
             self.model(x, x.new_full((len(x),), self.sigma), **extra)
         finally:
             for hook in hooks:
                 hook.remove()
-        # An accelerated model may run a batch in parts, or more than once to see what is faster, and guidance doubles
-        # it: whatever came last are these pictures.
-        known = (own for own in seen if own and all(isinstance(f, Tensor) and f.ndim == 4 for f in own))
-        maps = [f[-len(x) :].float() for f in map(torch.cat, known) if len(f) >= len(x)]
-        if not maps:
-            raise ValueError("this denoiser shows no blocks with activations [B, C, H, W]")
-        return torch.cat([F.adaptive_avg_pool2d(f, GRID).flatten(1) for f in maps], 1).cpu()
+        return [torch.cat(own) for own in found if own and all(f is not None for f in own)]
+
+
+def _means(found) -> Tensor | None:
+    """[B, C * GRID^2] of activations [B, C, H, W], taken at once: a fast path may use their memory again."""
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        return None
+    return F.adaptive_avg_pool2d(found.float(), GRID).flatten(1)
 
 
 def activations_of(

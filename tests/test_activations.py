@@ -1,10 +1,14 @@
 """A denoiser's own activations as features of pictures."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from tdpm_ext.activations import GRID, WIDEST, Activations, activations_of, outer_blocks
+from tdpm_ext.checkpoints import open_checkpoint
+from tdpm_ext.kernels import accelerate
 
 
 class Blocks(nn.Module):
@@ -87,10 +91,30 @@ def test_models_that_show_none_are_told_apart(model, shape):
     assert activations_of(model, 0.2, shape, {}) is None
 
 
-def test_of_a_batch_that_is_run_twice_or_doubled_by_guidance_the_last_are_taken():
+def test_of_a_batch_that_guidance_doubles_the_last_half_is_taken():
     x = pictures()
-    expected = Activations(Blocks(), 0.2)(x)
-    assert torch.allclose(Activations(Blocks(), 0.2, {"cond_scale": 2.0})(x), expected, atol=1e-6)
-    twice = Blocks()
-    twice.register_forward_pre_hook(lambda model, given: (model._run(torch.zeros(3, 1, 9, 9)), None)[1])
-    assert torch.allclose(Activations(twice, 0.2)(x), expected, atol=1e-6)
+    guided = Activations(Blocks(), 0.2, {"cond_scale": 2.0})(x)
+    assert torch.allclose(guided, Activations(Blocks(), 0.2)(x), atol=1e-6)
+
+
+def test_a_first_call_that_tries_parts_of_the_batch_several_times_is_made_again():
+    model, x = Blocks(part=4), pictures()
+    tried = set()
+
+    def race(module, given):
+        if len(given[0]) not in tried:
+            tried.add(len(given[0]))
+            module(given[0] * 0.5)
+
+    model.blocks[0].register_forward_pre_hook(race)
+    assert torch.allclose(Activations(model, 0.2)(x), Activations(Blocks(), 0.2)(x), atol=1e-6)
+
+
+def test_the_compiled_tier_shows_the_same_activations_at_every_batch():
+    path = Path(__file__).parents[1] / "assets" / "fashion-mnist" / "denoiser.safetensors"
+    plain, fast = (open_checkpoint(path).model for _ in range(2))
+    x = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    accelerate(fast, precision="compile")
+    expected = Activations(plain, 0.12)(x)
+    for batch in (19, 20, 7):  # a last part of another size than the one before
+        assert torch.allclose(Activations(fast, 0.12, batch=batch)(x), expected, atol=1e-4)
