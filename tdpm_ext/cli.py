@@ -220,6 +220,9 @@ def _accelerate_option(parser: argparse.ArgumentParser) -> None:
 
 def _prompts_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line, for checkpoints of text")
+    parser.add_argument(
+        "--vae", type=Path, help="auto-encoder of a latent checkpoint (default: vae.safetensors beside it)"
+    )
 
 
 def _sigma_max_option(parser: argparse.ArgumentParser) -> None:
@@ -312,9 +315,6 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="what to draw; may be given several times")
     _prompts_option(parser)
     parser.add_argument("--negative-prompt", metavar="PROMPT", help="what to guide away from; needs --cond-scale")
-    parser.add_argument(
-        "--vae", type=Path, help="auto-encoder of a latent checkpoint (default: vae.safetensors beside it)"
-    )
     parser.add_argument("--sigma-min", type=positive_float, help="last noise std (default: the checkpoint's)")
     _sigma_max_option(parser)
     parser.add_argument("--rho", type=positive_float, default=7.0, help="shape of the Karras schedule (default 7)")

@@ -65,21 +65,22 @@ def calibrate(args: argparse.Namespace) -> None:
     check_output(output)
     checkpoint = open_for(args)
     prior = load_prior(args.prior, expect_shape=checkpoint.shape, expect_checkpoint=checkpoint.fingerprint)
-    if not prior.ready:
-        prior.bind(checkpoint.model, checkpoint.fingerprint)
-    accelerated(args, checkpoint)
     options = {"seed": args.seed, "sigma_min": checkpoint.sigma_min, "progress": sys.stderr.isatty()}
     options["num_classes"] = 0 if args.unlabelled else checkpoint.num_classes
     if args.samples is not None:
         options["samples"] = args.samples
-    if args.data is not None:
-        options["data"] = read_pictures(args, checkpoint.shape)
     model, options["extra_args"] = checkpoint.model, {}
     if args.prompts is not None:
-        from tdpm_ext.text_job import calibration
+        from tdpm_ext.text_job import calibration, latents
 
-        options.setdefault("samples", 48)
+        options.setdefault("samples", 48 if args.data is None else 384)
         model, options["extra_args"] = calibration(args, checkpoint, options["samples"])
+        options |= {} if args.data is None else {"data": latents(args, checkpoint)[0]}
+    elif args.data is not None:
+        options["data"] = read_pictures(args, checkpoint.shape)
+    if not prior.ready:
+        prior.bind(model, checkpoint.fingerprint)
+    accelerated(args, checkpoint)
     if args.cond_scale != 1.0:
         options["extra_args"]["cond_scale"] = args.cond_scale
     prior = run(prior, model, tuple(args.budgets), objective=args.objective, **options)

@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> None:
     jobs = _jobs(args, checkpoint, prompted)
     device = next(checkpoint.model.parameters()).device
     sigmas = _sigmas(args, checkpoint)
-    sampler = _sampler(args, checkpoint, device)
-    hidden = _hidden_calls(sampler, checkpoint)
+    model = checkpoint.model if prompted is None else prompted.model
+    sampler = _sampler(args, checkpoint, model, device)
+    hidden = _hidden_calls(sampler, model)
     handle = accelerated(args, checkpoint)
     done: list[Tensor] = []
     seconds = 0.0
@@ -80,11 +81,11 @@ def run(args: argparse.Namespace) -> None:
     print(grid_file if folder is None else f"{folder}: one PNG a picture; {grid_file} shows them")
 
 
-def _hidden_calls(sampler, checkpoint: Checkpoint) -> int:
+def _hidden_calls(sampler, model: torch.nn.Module) -> int:
     """Network calls per picture that a counter on the checkpoint's model does not see: the prior's own network's."""
     prior = getattr(sampler, "keywords", {}).get("prior")
     called = (getattr(prior, name, None) for name in ("network", "source"))
-    return 0 if prior is None or any(one is checkpoint.model for one in called) else prior.prior_nfe
+    return 0 if prior is None or any(one is model for one in called) else prior.prior_nfe
 
 
 class _CallCounter:
@@ -157,7 +158,9 @@ def _sigmas(args: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
     return karras(args.steps, high, low, args.rho).float()
 
 
-def _sampler(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Callable[..., Tensor]:
+def _sampler(
+    args: argparse.Namespace, checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device
+) -> Callable[..., Tensor]:
     """The sampler function, its prior bound to it when it is ours."""
     name = args.sampler
     if name == "tdpm":
@@ -167,7 +170,7 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.dev
         expected = {"expect_shape": checkpoint.shape, "expect_checkpoint": checkpoint.fingerprint}
         prior = load_prior(args.prior, device=device, **expected)
         if not prior.ready:
-            prior.bind(checkpoint.model, checkpoint.fingerprint)
+            prior.bind(model, checkpoint.fingerprint)
         return functools.partial(sample_tdpm, prior=prior, objective=_objective(args, prior), init="always")
     samplers = k_diffusion_samplers()
     if name in ("dpm_fast", "dpm_adaptive"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdpm_ext.checkpoints import Checkpoint, fingerprint_tensors
 from tdpm_ext.latent import LatentSpace
+from tdpm_ext.pictures import load_pictures, to_unit
 from tdpm_ext.text import MiniLM, Text, TextEncoder, phrases_of
 from tdpm_ext.text_denoiser import TextDenoiser, text_args
 from tdpm_ext.vae import PictureVAE, load_vae
@@ -150,16 +151,16 @@ def in_turn(text: Text, count: int) -> Text:
 
 
 def fit(args: argparse.Namespace, checkpoint: Checkpoint | None):
-    """A prior fitted from the checkpoint under prompts and their guidance: ``tdpm fit --prompts``."""
+    """``tdpm fit --prompts``: a prior fitted from the checkpoint under prompts and their guidance, or from the pictures
+    of --data, whose captions the prompts are."""
     from tdpm_ext.fit import DRAWS, fit_prior
     from tdpm_ext.fit_text import KINDS, fit_text_prior
 
-    if checkpoint is None or args.data is not None:
-        raise ValueError(
-            f"--kind {args.kind} is fitted from a checkpoint and --prompts; for pictures with embeddings of their "
-            "captions call tdpm_ext.fit_text.fit_text_prior"
-        )
-    model, text = _encoded(args, checkpoint)
+    if checkpoint is None:
+        raise ValueError("--prompts are for checkpoints of text: give a CHECKPOINT")
+    model, text = encoded(args, checkpoint)
+    if args.data is not None:
+        return _fit_to_pictures(args, checkpoint, text)
     text = text.to(next(model.parameters()).device)
     options = {k: getattr(args, k) for k in ("components", "rank") if getattr(args, k) is not None}
     options |= {
@@ -176,15 +177,54 @@ def fit(args: argparse.Namespace, checkpoint: Checkpoint | None):
     return fit_prior(args.kind, extra_args=text_args(in_turn(text, DRAWS)), **options)
 
 
+def _fit_to_pictures(args: argparse.Namespace, checkpoint: Checkpoint, text: Text):
+    from tdpm_ext.fit_text import fit_text_prior
+
+    data, _ = latents(args, checkpoint)
+    check_captions(data, text)
+    options = {k: getattr(args, k) for k in ("components", "rank") if getattr(args, k) is not None}
+    options |= {"sigma_max": checkpoint.sigma_max if args.sigma_max is None else args.sigma_max}
+    options |= {"cond_scale": args.cond_scale, "checkpoint": checkpoint.fingerprint, "seed": args.seed}
+    return fit_text_prior(args.kind, data, text.pooled, progress=sys.stderr.isatty(), **options)
+
+
+def check_captions(pictures: Tensor, captions: Text) -> None:
+    """ValueError unless there is one caption per picture."""
+    if len(pictures) != len(captions):
+        raise ValueError(
+            f"{len(captions)} lines of --prompts for {len(pictures)} pictures of --data: give the caption of each "
+            "picture, in the order of their file names"
+        )
+
+
 def calibration(
     args: argparse.Namespace, checkpoint: Checkpoint, samples: int
 ) -> tuple[TextDenoiser, dict[str, Tensor]]:
     """The model and, for ``samples`` pictures, the arguments that ``calibrate`` runs it with."""
-    model, text = _encoded(args, checkpoint)
+    model, text = encoded(args, checkpoint)
     return model, text_args(in_turn(text, samples).to(next(model.parameters()).device))
 
 
-def _encoded(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[TextDenoiser, Text]:
+def latents(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Tensor, LatentSpace]:
+    """--data as the checkpoint sees it, float32 [N, *shape] on the CPU, and the space that decodes it (--vae)."""
+    device = next(checkpoint.model.parameters()).device
+    space = open_space(args.vae, Path(args.checkpoint), checkpoint.config.get("text") or {}, device)
+    pictures = load_pictures(args.data, size=args.size, limit=args.limit).images
+    found = space.encode(to_unit(pictures), progress=sys.stderr.isatty())
+    if found.shape[1:] != checkpoint.shape:
+        raise ValueError(
+            f"{args.data} has pictures {list(pictures.shape[1:])}, which become latents {list(found.shape[1:])}; the "
+            f"checkpoint takes {list(checkpoint.shape)}: --size resizes pictures"
+        )
+    return found, space
+
+
+def encoded(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[TextDenoiser, Text]:
+    """The checkpoint as it is called with text, and the lines of --prompts.
+
+    Raises:
+        ValueError: no prompts, one that cannot be read, a checkpoint that takes none.
+    """
     model = TextDenoiser(checkpoint)
     prompts = read_prompts(None, args.prompts)
     if not prompts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from tdpm_ext.commands import read_pictures
 from tdpm_ext.denoiser import CheckpointModel, class_count
 from tdpm_ext.optional import import_k_diffusion
 from tdpm_ext.priors.learned import NOISES
+from tdpm_ext.text_denoiser import text_args
+from tdpm_ext.text_job import check_captions, encoded, in_turn, latents, open_space, takes_text
 from tdpm_ext.training.losses import LOSSES
 from tdpm_ext.training.options import CRITICS, KINDS, Options
 
@@ -57,6 +59,11 @@ def add_options(parser: argparse.ArgumentParser, positive, positive_float) -> No
         help="k-diffusion .safetensors or .pth; with --denoising, also a config .json: training from scratch",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, help="folder, .zip or idx files of pictures; without it: data-free")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="for a checkpoint of text, one a line: the caption of each picture, or prompts for trajectories",
+    )  # fmt: skip
+    parser.add_argument("--vae", type=Path, help="auto-encoder of a latent checkpoint (default: beside it)")
     parser.add_argument("--size", type=positive, help="resize pictures to SIZE x SIZE")
     parser.add_argument("--limit", type=positive, help="read at most this many pictures, spread evenly")
     parser.add_argument(
@@ -102,16 +109,20 @@ def run(args: argparse.Namespace) -> int:
         torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if args.precision == "bf16" else "no")
     checkpoint = _opened(args, options)
+    text = takes_text(checkpoint)
+    if args.prompts is not None and not text:
+        raise ValueError(f"{args.checkpoint} takes no prompts: its network has no cross-attention to text")
     if args.start is not None and not (args.start / "state.safetensors").exists():
         raise ValueError(f"--start {args.start} holds no run: give the --out of an earlier one")
-    pictures = None if args.data is None else read_pictures(args, tuple(checkpoint.shape))
+    if text:
+        checkpoint, parts = _with_text(args, checkpoint)
+        pictures = parts["images"]
+    else:
+        pictures = None if args.data is None else read_pictures(args, tuple(checkpoint.shape))
+        parts = {} if pictures is None else {"images": pictures.images, "labels": pictures.labels}
     with accelerator.main_process_first():
-        base = _base(args, options, checkpoint, pictures)
-    parts = {"images": None if pictures is None else pictures.images, "teacher": args.teacher_folder, "base": base}
-    parts |= {
-        "labels": None if pictures is None else pictures.labels,
-        "start": args.start,
-    }
+        base = _base(args, options, checkpoint, pictures, parts.get("captions"))
+    parts |= {"teacher": args.teacher_folder, "base": base, "start": args.start}
     limits = Limits(args.steps, args.minutes, args.save_minutes, check_every=args.check_every)
     try:
         training = Run(options, checkpoint, args.out, accelerator, check_samples=args.check_samples, **parts)
@@ -143,7 +154,24 @@ def _opened(args: argparse.Namespace, options: Options) -> Checkpoint:
     return Checkpoint(model, config, model.shape, model.sigma_min, model.sigma_max, class_count(config), "untrained")
 
 
-def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pictures):
+def _with_text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Checkpoint, dict]:
+    """The checkpoint as it is called with text; latents of --data, their captions, and what shows latents."""
+    if args.prompts is None:
+        raise ValueError(
+            f"{args.checkpoint} takes text: give --prompts FILE, one a line, the caption of each picture of --data or, "
+            "without --data, prompts to draw trajectories for"
+        )
+    model, captions = encoded(args, checkpoint)
+    about = checkpoint.config.get("text") or {}
+    if args.data is None:
+        found, space = None, open_space(args.vae, args.checkpoint, about, torch.device("cpu"))
+    else:
+        found, space = latents(args, checkpoint)
+        check_captions(found, captions)
+    return replace(checkpoint, model=model), {"images": found, "captions": captions, "show": space.decode}
+
+
+def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pictures, captions=None):
     """The closed-form prior to start from: a file, the one that an earlier call fitted here, or a new fit."""
     from tdpm_ext.fit import fit_prior
     from tdpm_ext.priors.io import load_prior, save_prior
@@ -155,7 +183,9 @@ def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pi
         path = kept if kept.exists() else Path(args.base)
         return load_prior(path, expect_shape=tuple(checkpoint.shape))
     settings = {"sigma_max": checkpoint.sigma_max, "seed": options.seed, "progress": sys.stderr.isatty()}
-    if pictures is not None:
+    if captions is not None:
+        base = _text_base(args.base, options, checkpoint, pictures, captions, settings)
+    elif pictures is not None:
         base = fit_prior(args.base, pictures, **settings)
     else:
         about = {"denoiser": checkpoint.model, "shape": checkpoint.shape, "num_classes": checkpoint.num_classes}
@@ -163,3 +193,18 @@ def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pi
     args.out.mkdir(parents=True, exist_ok=True)
     save_prior(base, kept)
     return base
+
+
+def _text_base(kind: str, options: Options, checkpoint: Checkpoint, pictures, captions, settings: dict):
+    """A closed-form prior under captions: from pictures where guidance does not move them, else from the checkpoint."""
+    from tdpm_ext.fit import DRAWS, fit_prior
+    from tdpm_ext.fit_text import KINDS, fit_text_prior
+
+    text = kind in KINDS
+    if pictures is not None and options.cond_scale == 1.0:
+        given = (pictures, captions.pooled) if text else (pictures,)
+        return (fit_text_prior if text else fit_prior)(kind, *given, **settings)
+    settings |= {"denoiser": checkpoint.model, "shape": checkpoint.shape, "cond_scale": options.cond_scale}
+    if text:
+        return fit_text_prior(kind, text=text_args(captions), **settings)
+    return fit_prior(kind, extra_args=text_args(in_turn(captions, DRAWS)), **settings)

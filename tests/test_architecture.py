@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distance": PRIORS,
     "surface": set(),
     "calibrate": PRIORS | {"sampler", "reference", "activations", "distance", "surface"},
-    "training": SAMPLING | {"checkpoints", "decide", "activations", "distance", "grid"},
+    "training": SAMPLING | {"checkpoints", "decide", "activations", "distance", "grid", "text", "text_denoiser"},
     "autoencoder": SAMPLING | {"decide"},
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import tdpm_ext as tdpm
 from tdpm_ext.cli import main
 from tdpm_ext.pictures import to_uint8
+from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.discriminator import Discriminator, FeatureDiscriminator
 from tdpm_ext.training.losses import ConditionalTransport, NonSaturating, Regression, Relativistic, noised
 from tdpm_ext.training.options import Options
@@ -82,7 +83,7 @@ def test_the_relativistic_loss_holds_both_slopes(gamma, slope):
 @pytest.mark.parametrize("loss", [Relativistic(0.1), NonSaturating(0.1)], ids=lambda loss: loss.name)
 def test_a_batchs_gradient_is_the_mean_of_its_halves(loss):
     torch.manual_seed(0)
-    disc = Discriminator(SHAPE, num_classes=CLASSES, width=8)
+    disc = Discriminator(SHAPE, conditions=Classes(CLASSES), width=8)
     real, fake, sigma = torch.randn(8, *SHAPE), torch.randn(8, *SHAPE), torch.rand(8) + 0.1
     cond = torch.arange(8) % CLASSES
 
@@ -115,11 +116,11 @@ def test_regression_is_a_distance(huber, size):
 def test_discriminators_judge_each_row_alone_and_know_level_and_class():
     torch.manual_seed(0)
     checkpoint = tiny_checkpoint()
-    own = Discriminator(SHAPE, num_classes=CLASSES, width=8)
+    own = Discriminator(SHAPE, conditions=Classes(CLASSES), width=8)
     with torch.no_grad():
         for layer in own.modulate:
             layer.weight.normal_()
-    for disc in (own, FeatureDiscriminator(checkpoint.model, SHAPE, num_classes=CLASSES, width=8)):
+    for disc in (own, FeatureDiscriminator(checkpoint.model, SHAPE, conditions=Classes(CLASSES), width=8)):
         x, sigma, cond = torch.randn(4, *SHAPE), torch.full((4,), 0.3), torch.arange(4) % CLASSES
         scores = disc(x, sigma, cond)
         alone = torch.cat([disc(x[i : i + 1], sigma[:1], cond[i : i + 1]) for i in range(4)])
@@ -319,7 +320,7 @@ def test_without_data_the_checkpoints_own_pictures_take_their_place(tmp_path):
 def test_trajectories_are_drawn_once_and_belong_to_their_settings(tmp_path):
     checkpoint, device = tiny_checkpoint(), torch.device("cpu")
     settings = {"shape": SHAPE, "sigma_trunc": 0.3, "sigma_max": 20.0, "sigma_min": 0.02, "steps": 6, "device": device}
-    settings |= {"num_classes": CLASSES, "cond_scale": 1.0, "checkpoint": "tiny-0", "progress": False}
+    settings |= {"conditions": Classes(CLASSES), "cond_scale": 1.0, "checkpoint": "tiny-0", "progress": False}
     teacher = draw_teacher(checkpoint.model, tmp_path, count=9, **settings)
     again = draw_teacher(None, tmp_path, count=9, **settings)  # no model: everything comes from the disk
     assert torch.equal(teacher.final, again.final) and torch.equal(teacher.state, again.state)

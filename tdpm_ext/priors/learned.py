@@ -25,6 +25,7 @@ from torch import Tensor
 from tdpm_ext.priors.base import HISTORY_RATIO, ImplicitPrior
 from tdpm_ext.priors.closed_form import ClosedFormPrior
 from tdpm_ext.priors.registry import get_prior
+from tdpm_ext.priors.text import TextLowRankPrior
 from tdpm_ext.schedule import CLOSE
 
 NOISES = ("fresh", "kept")
@@ -112,7 +113,7 @@ class LearnedPrior(ImplicitPrior):
         self.check(z)
         if self.base is None:
             return Start(z * self.sigma_init, None)
-        known = {name: cond[name] for name in ("class_cond",) if name in cond}
+        known = {name: cond[name] for name in self.base.conditions if name in cond}
         kept = self.noise == "kept" and self.sigma_init * HISTORY_RATIO < self.base.sigma_max
         above = (self.sigma_init * HISTORY_RATIO,) if kept else ()
         x, seen = self.base.start(z, self.sigma_init, above, **known)
@@ -199,7 +200,7 @@ class LearnedPrior(ImplicitPrior):
         base, own = config.get("base"), {name[len(BASE) :]: t for name, t in tensors.items() if name.startswith(BASE)}
         if base is not None:
             kind = get_prior(base.get("kind"))
-            if not issubclass(kind, ClosedFormPrior):
+            if not issubclass(kind, ClosedFormPrior | TextLowRankPrior):
                 raise ValueError(f"the base is of kind {kind.kind!r}: closed-form kinds alone can be one")
             base = kind.from_state(own, {**base, "shape": config["shape"]})
         options = {name: config[name] for name in ("noise", "coupled")}

@@ -22,7 +22,7 @@ class Conditioning(nn.Module):
         self.num_classes, self.cond_width = num_classes, cond_width
         self.level = nn.Linear(8, width)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.vector = nn.Linear(cond_width, width) if cond_width else None
+        self.vector = nn.Linear(cond_width, width, bias=False) if cond_width else None  # zeros: no condition
         self.mix = nn.Linear(width, width)
         self.register_buffer("octaves", 2.0 ** torch.arange(4) * 0.5, persistent=False)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdpm_ext.pictures import to_unit
+from tdpm_ext.training.conditions import Captions, Classes
 from tdpm_ext.training.options import Options
 from tdpm_ext.training.teacher import Teacher
 
@@ -50,21 +51,23 @@ class Data:
 
     Args:
         images: uint8 [N, *shape] or float in [-1, 1]; None: the teacher's finished pictures take their place.
-        labels: int64 [N] or None. num_classes: labels the denoiser takes; ``num_classes`` itself means none.
+        labels: int64 [N] or None; with captions the number of each picture's own. conditions: what they stand for.
     """
 
     def __init__(
         self, options: Options, prior, device, images: Tensor | None, labels: Tensor | None, teacher: Teacher | None,
-        num_classes: int,
+        conditions: Classes,
     ):  # fmt: skip
         self.options, self.prior, self.device, self.teacher = options, prior, device, teacher
-        self.num_classes = num_classes
+        self.conditions = conditions
         if images is None and teacher is not None:
             images, labels = teacher.final, teacher.labels
         if images is None and (options.adversarial or options.denoising):
             raise ValueError("no pictures to learn from: give data, or teacher trajectories to take their place")
-        if num_classes and images is not None and labels is None:
-            raise ValueError(f"the denoiser takes {num_classes} labels, the pictures have none: put them into folders")
+        if conditions.count and images is not None and labels is None:
+            raise ValueError(
+                f"the denoiser takes {conditions.count} labels, the pictures have none: put them into folders"
+            )
         if images is not None and len(images) < 2:
             raise ValueError(f"{len(images)} pictures are too few to learn from")
         self.images = images if images is None or not _fits(images, device) else images.to(device)
@@ -88,20 +91,20 @@ class Data:
         if self.images is not None:
             index = torch.randint(len(self.images), (rows,), **draw)
             real = self._pictures(index)
-            labels = self.labels[index] if self.num_classes else None
+            labels = self.labels[index] if self.conditions.count else None
         z = torch.randn(shape, **draw)
         if self.teacher is not None and o.regression:
             index = torch.randint(len(self.teacher.z), (rows,), **draw)
-            if real is not None and self.num_classes:  # a real partner of the same class for every trajectory
-                real = self._partners(real, labels, self.teacher.labels[index])
+            if real is not None and self.conditions.count:
+                real = self._partners(real, labels, index)
             z, labels, target = self.teacher.z[index], self.teacher.labels, self.teacher.target[index]
             labels = None if labels is None else labels[index]
         elif labels is not None and o.label_dropout:
             dropped = torch.rand(rows, **draw) < o.label_dropout
-            labels = torch.where(dropped, self.num_classes, labels)
+            labels = torch.where(dropped, self.conditions.count, labels)
         if o.denoising:
             level, hidden = self._denoising_levels(rows, draw), torch.randn(shape, **draw)
-        cond = {} if labels is None else {"class_cond": labels}
+        cond = self.conditions.args(labels)
         start = self.prior.begin(z, **cond)
         low, high = o.levels
         sigma = low * torch.exp(torch.rand(rows, **draw) * math.log(high / low))
@@ -113,9 +116,12 @@ class Data:
         some = self.images[index.to(self.images.device)].to(self.device)
         return to_unit(some) if some.dtype == torch.uint8 else some
 
-    @staticmethod
-    def _partners(real: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-        """Pictures in another order, such that row i is of class ``wanted[i]`` where that class was drawn at all."""
+    def _partners(self, real: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """A real partner for every trajectory: its caption's own picture, or one of its class (the pictures in another
+        order, where that class was drawn at all)."""
+        wanted = self.teacher.labels[index]
+        if isinstance(self.conditions, Captions):  # the teacher's finished pictures lie in the order of its rows
+            return self._pictures(index if self.images is self.teacher.final else wanted)
         order, places = labels.argsort(stable=True), labels.sort()[0].contiguous()
         first = torch.searchsorted(places, wanted.contiguous())
         count = torch.searchsorted(places, wanted.contiguous(), right=True) - first

@@ -11,6 +11,12 @@ from torch.nn import functional as F
 from tdpm_ext.activations import outer_blocks
 from tdpm_ext.priors.networks import Conditioning
 from tdpm_ext.priors.shared import own_copy
+from tdpm_ext.training.conditions import Classes
+
+
+def conditioning(conditions: Classes, width: int) -> Conditioning:
+    """The layers that turn noise level and condition into one vector."""
+    return Conditioning(0 if conditions.width else conditions.count, conditions.width, width)
 
 
 class Discriminator(nn.Module):
@@ -20,8 +26,7 @@ class Discriminator(nn.Module):
 
     Args:
         shape: of one picture, (C, H, W), or (D,) for points, which get linear layers instead.
-        num_classes: labels 0 .. num_classes - 1; num_classes itself: none.
-        cond_width: of an embedding [B, cond_width] instead of labels.
+        conditions: what the numbers of rows stand for; None: nothing.
         sigma_data: std of the data, for scaling the input.
         width: channels at the first level (units of each layer for points).
     """
@@ -30,15 +35,15 @@ class Discriminator(nn.Module):
         self,
         shape: tuple[int, ...],
         *,
-        num_classes: int = 0,
-        cond_width: int = 0,
+        conditions: Classes | None = None,
         sigma_data: float = 0.5,
         width: int = 48,
         depth: int = 1,
     ):
         super().__init__()
         self.sigma_data = sigma_data
-        self.condition = Conditioning(num_classes, cond_width, 2 * width)
+        self.conditions = conditions or Classes(0)
+        self.condition = conditioning(self.conditions, 2 * width)
         if len(shape) == 1:
             self.body = nn.ModuleList([_Dense(shape[0], width), *(_Dense(width, width) for _ in range(depth + 1))])
             flat = width
@@ -49,7 +54,8 @@ class Discriminator(nn.Module):
         for layer in self.modules():  # torch's own start loses half of the signal per layer: nothing to learn from
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.2)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.modulate = nn.ModuleList(nn.Linear(2 * width, 2 * block.channels) for block in self.body)
         for layer in self.modulate:
             nn.init.zeros_(layer.weight)
@@ -58,7 +64,7 @@ class Discriminator(nn.Module):
         self.project = nn.Linear(2 * width, self.width)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x [B, *shape] at noise levels sigma [B], cond int64 [B] or [B, cond_width] or None -> scores [B]."""
+        """x [B, *shape] at noise levels sigma [B], cond int64 [B] or None -> scores [B]."""
         h, emb = self._run(x, sigma, cond)
         return self.score(h)[:, 0] + (self.project(emb) * h).mean(1)
 
@@ -67,7 +73,7 @@ class Discriminator(nn.Module):
         return self._run(x, sigma, cond)[0]
 
     def _run(self, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        emb = self.condition(sigma, cond)
+        emb = self.condition(sigma, self.conditions.seen(cond))
         scale = (sigma.square() + self.sigma_data**2).rsqrt()
         h = x * scale.reshape(-1, *[1] * (x.ndim - 1))
         for block, modulate in zip(self.body, self.modulate, strict=True):
@@ -84,17 +90,18 @@ class FeatureDiscriminator(nn.Module):
     denoiser. Sauer et al. 2024 (arXiv 2403.12015) judge with a diffusion model's activations too.
 
     Args:
-        model: the denoiser, ``model(x, sigma, class_cond=...)``; used as it is, through a twin that shares its weights.
-        shape: of one picture. width: channels of a head.
+        model: the denoiser, used as it is, through a twin that shares its weights.
+        shape: of one picture. conditions: what the numbers of rows stand for. width: channels of a head.
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], *, num_classes: int = 0, width: int = 48):
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], *, conditions: Classes | None = None, width: int = 48):
         super().__init__()
         self.__dict__["twin"] = own_copy(model, [])  # no submodule: it is neither trained nor saved
         self._seen: list[Tensor] = []
         for block in outer_blocks(self.twin):
             block.register_forward_hook(lambda module, given, found: self._seen.append(found))
-        self.condition = Conditioning(num_classes, 0, width)
+        self.conditions = conditions or Classes(0)
+        self.condition = conditioning(self.conditions, width)
         probe = next(model.parameters())
         found = self.see(probe.new_zeros(1, *shape), probe.new_ones(1), None)
         if not found:
@@ -107,7 +114,7 @@ class FeatureDiscriminator(nn.Module):
     def see(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> list[Tensor]:
         """Activations [B, C, H, W] of x [B, *shape] at sigma [B], each picture's brought to mean 0 and std 1."""
         self._seen.clear()
-        self.twin(x, sigma, **({} if cond is None else {"class_cond": cond}))
+        self.twin(x, sigma, **self.conditions.args(cond))
         found = [f for f in self._seen if isinstance(f, Tensor) and f.ndim == 4]
         self._seen.clear()
         return [F.group_norm(feature.float(), 1) for feature in found]
@@ -115,7 +122,7 @@ class FeatureDiscriminator(nn.Module):
     def judge(self, seen: list[Tensor], sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """Scores [B] from what `see` gave."""
         h = self._pooled(seen)
-        return self.score(h)[:, 0] + (self.project(self.condition(sigma, cond)) * h).mean(1)
+        return self.score(h)[:, 0] + (self.project(self.condition(sigma, self.conditions.seen(cond))) * h).mean(1)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.judge(self.see(x, sigma, cond), sigma, cond)

@@ -18,11 +18,12 @@ from tdpm_ext.priors.networks import Generator
 from tdpm_ext.priors.raw import RawPrior
 from tdpm_ext.priors.registry import get_prior
 from tdpm_ext.priors.shared import SharedPrior
+from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.options import Options
 from tdpm_ext.training.state import write_atomically
 
 
-def new_prior(options: Options, checkpoint, base) -> LearnedPrior:
+def new_prior(options: Options, checkpoint, base, conditions: Classes) -> LearnedPrior:
     """An untrained prior of ``options.kind`` whose network is on the checkpoint's device."""
     o, shape = options, tuple(checkpoint.shape)
     device = next(checkpoint.model.parameters()).device
@@ -32,8 +33,9 @@ def new_prior(options: Options, checkpoint, base) -> LearnedPrior:
         raise ValueError(f"sigma_init {o.sigma_init:g}: the base begins at {base.sigma_max:g}, let it be lower")
     if o.kind.endswith("generator"):
         sigma_data = float(checkpoint.config["model"].get("sigma_data", 1.0))
-        about = {"num_classes": checkpoint.num_classes, "sigma_data": sigma_data}
-        network = Generator(shape, **about, width=o.width, depth=o.depth).to(device)
+        known = {"cond_width": conditions.width} if conditions.width else {"num_classes": conditions.count}
+        network = Generator(shape, **known, sigma_data=sigma_data, width=o.width, depth=o.depth).to(device)
+        settings["cond_name"] = conditions.argument
         prior: LearnedPrior = GeneratorPrior(network, shape, o.sigma_trunc, o.sigma_init, **settings)
     elif o.denoising:
         if o.rank:
@@ -81,7 +83,8 @@ def save_denoiser(checkpoint, path: Path) -> str:
     """A jointly trained denoiser as a k-diffusion inference file; returns its fingerprint."""
     from tdpm_ext.checkpoints import fingerprint_tensors
 
-    inner = checkpoint.model.inner_model.inner_model
+    model = getattr(checkpoint.model, "model", checkpoint.model)  # one that takes text is wrapped
+    inner = model.inner_model.inner_model
     half = {name: value.detach().half().cpu().contiguous() for name, value in inner.state_dict().items()}
     write_atomically(path, save(half, {"config": json.dumps(checkpoint.config)}))
     return fingerprint_tensors(half)[:16]

@@ -13,6 +13,7 @@ from tdpm_ext.grid import picture_grid, save_png
 from tdpm_ext.pictures import to_uint8
 
 GRID = 10  # pictures in a row and in a column
+MOST = GRID * GRID
 log = logging.getLogger("tdpm_ext")
 
 
@@ -20,7 +21,7 @@ def save_grid(pictures: Tensor, path: Path) -> None:
     """The first pictures [N, C, H, W] in rows; seeds and classes stand at the same place at every check."""
     if pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
         return
-    some = list(to_uint8(pictures[: GRID * GRID]).cpu())
+    some = list(to_uint8(pictures[:MOST]).cpu())
     save_png(picture_grid([some[k : k + GRID] for k in range(0, len(some), GRID)]), path)
 
 

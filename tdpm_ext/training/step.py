@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tdpm_ext.priors.learned import Start, level_like
 from tdpm_ext.solver import all_weights
+from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.data import Batch
 from tdpm_ext.training.losses import Regression, Seen, noised
 from tdpm_ext.training.options import Options
@@ -47,7 +48,7 @@ class Step:
     Args:
         model: the denoiser; trained too when ``options.denoising`` is above 0, else frozen.
         trained: parameters of the prior's side (and the denoiser's). average: makes gradients those of all processes.
-        autocast: () -> context in which networks run.
+        autocast: () -> context in which networks run. conditions: what the numbers of rows stand for.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Step:
         average: Callable[[Sequence[Tensor]], None],
         autocast: Callable[[], AbstractContextManager],
         sigma_data: float,
+        conditions: Classes,
     ):
         self.options, self.model, self.prior, self.disc, self.loss = options, model, prior, disc, loss
         self.average, self.autocast, self.sigma_data, self.device = average, autocast, sigma_data, device
+        self.conditions = conditions
         self.regression = Regression(options.huber)
         self.trained = trained
         self.optimizer = adam(trained, options.lr, (0.0 if options.adversarial else 0.9, 0.99))
@@ -75,7 +78,7 @@ class Step:
         """One update; returns float32 [len(STATS)], NaN where a term was not measured."""
         o, b = self.options, batch
         stats = dict.fromkeys(STATS, torch.full((), float("nan"), device=self.device))
-        cond = {} if b.labels is None else {"class_cond": b.labels}
+        cond = self.conditions.args(b.labels)
         guided = cond if o.cond_scale == 1.0 else {**cond, "cond_scale": o.cond_scale}
         with self.autocast():
             start = Start(b.x, b.guess, b.past)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from tdpm_ext.decide import seeded_noise
 from tdpm_ext.schedule import karras
 from tdpm_ext.solver import solve
+from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.state import write_atomically
 
 FIRST_SEED = 70_000_000  # away from the seeds that people and benchmarks use
@@ -60,7 +61,7 @@ def draw_teacher(
     sigma_max: float,
     sigma_min: float,
     steps: int,
-    num_classes: int,
+    conditions: Classes,
     cond_scale: float,
     checkpoint: str | None,
     device: torch.device,
@@ -72,7 +73,7 @@ def draw_teacher(
         ValueError: the folder holds trajectories of another checkpoint or with other settings.
     """
     facts = {"shape": list(shape), "sigma_trunc": sigma_trunc, "sigma_max": sigma_max, "sigma_min": sigma_min}
-    facts |= {"steps": steps, "num_classes": num_classes, "cond_scale": cond_scale, "checkpoint": checkpoint}
+    facts |= {"steps": steps, **conditions.facts(), "cond_scale": cond_scale, "checkpoint": checkpoint}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     levels = levels_through(sigma_max, sigma_trunc, sigma_min, steps)
@@ -82,27 +83,23 @@ def draw_teacher(
         rows = min(ROWS, count - first)
         part = _read(path, name, rows)
         if part is None:
-            part = _draw(model, first, rows, shape, levels, sigma_trunc, num_classes, cond_scale, device)
+            part = _draw(model, first, rows, shape, levels, sigma_trunc, conditions, cond_scale, device)
             _write(path, part, {"settings": name, **{key: json.dumps(value) for key, value in facts.items()}})
         parts.append(part)
     joined = {key: torch.cat([part[key][: count - k * ROWS] for k, part in enumerate(parts)]) for key in parts[0]}
     z = seeded_noise(shape, range(FIRST_SEED, FIRST_SEED + count)).to(device)
-    labels = _labels(0, count, num_classes, device)
+    labels = conditions.numbers(0, count, device)
     return Teacher(z, labels, *(joined[key].to(device) for key in ("state", "denoised", "final")))
 
 
-def _labels(first: int, rows: int, num_classes: int, device) -> Tensor | None:
-    return (torch.arange(first, first + rows, device=device) % num_classes) if num_classes else None
-
-
 @torch.no_grad()
-def _draw(model, first, rows, shape, levels, sigma_trunc, num_classes, cond_scale, device) -> dict[str, Tensor]:
+def _draw(model, first, rows, shape, levels, sigma_trunc, conditions, cond_scale, device) -> dict[str, Tensor]:
     kept: dict[str, list[Tensor]] = {"state": [], "denoised": [], "final": []}
     size = rows if device.type == "cuda" else 64
     for at in range(first, first + rows, size):
         here = min(size, first + rows - at)
         seeds = range(FIRST_SEED + at, FIRST_SEED + at + here)
-        extra = {"class_cond": _labels(at, here, num_classes, device)} if num_classes else {}
+        extra = conditions.args(conditions.numbers(at, here, device))
         if cond_scale != 1.0:
             extra["cond_scale"] = cond_scale
 

@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tdpm_ext.priors.io import save_prior
+from tdpm_ext.text import Text
+from tdpm_ext.training.conditions import Captions, Classes
 from tdpm_ext.training.data import Data
 from tdpm_ext.training.discriminator import Discriminator, FeatureDiscriminator
 from tdpm_ext.training.losses import adversarial_loss
 from tdpm_ext.training.options import Options
 from tdpm_ext.training.product import finished, new_prior, save_denoiser
-from tdpm_ext.training.show import plot_log, save_grid
+from tdpm_ext.training.show import MOST, plot_log, save_grid
 from tdpm_ext.training.state import load_state, save_state, write_atomically
 from tdpm_ext.training.step import STATS, Step, mean_gradients, scores_apart
 from tdpm_ext.training.teacher import Teacher, draw_teacher
@@ -61,10 +63,13 @@ class Run:
     Args:
         checkpoint: what `tdpm_ext.open_checkpoint` returns. Its model is trained too when ``options.denoising`` > 0.
         images, labels: uint8 [N, *shape] and int64 [N]; None: data-free, the teacher's pictures take their place.
+        captions: encoded, for a denoiser that takes text (a `TextDenoiser`): those of ``images`` in their order, or
+            without images the prompts that trajectories are drawn for.
         base: closed-form prior that leads to ``sigma_init``, or None.
         accelerator: of ``accelerate``; brings device, precision and processes.
         start: folder of a run to go on from with other options (rates, weights of losses): its weights, discriminator,
             optimizers and step. Without effect once the run in ``out`` has a state of its own.
+        show: makes pictures of latents, for the grids.
 
     Raises:
         ValueError: options that do not fit each other, the checkpoint, or the run that stands in ``out``.
@@ -72,8 +77,8 @@ class Run:
 
     def __init__(
         self, options: Options, checkpoint, out: Path, accelerator, *, images: Tensor | None = None,
-        labels: Tensor | None = None, base=None, teacher: Path | None = None,
-        check_samples: int = 512, start: Path | None = None,
+        labels: Tensor | None = None, captions: Text | None = None, base=None, teacher: Path | None = None,
+        check_samples: int = 512, start: Path | None = None, show: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
         self.options, self.checkpoint, self.out, self.accelerator = options, checkpoint, out, accelerator
         self.device, processes = accelerator.device, accelerator.num_processes
@@ -84,10 +89,12 @@ class Run:
         self._settle(out / "options.json")
         model = checkpoint.model.to(self.device)
         torch.manual_seed(options.seed)
-        self.prior = new_prior(options, checkpoint, base)
+        self.show = show or (lambda pictures: pictures)
+        self.conditions, labels = self._conditions(images, labels, captions)
+        self.prior = new_prior(options, checkpoint, base, self.conditions)
         self.teacher = self._trajectories(teacher or out / "teacher")
         self.pictures = 0 if images is None else len(images)
-        data = (images, labels, self.teacher, checkpoint.num_classes)
+        data = (images, labels, self.teacher, self.conditions)
         self.data = Data(options, self.prior, self.device, *data)
         disc, loss = self._opponent()
         self.trained = list(self.prior.parameters())
@@ -99,10 +106,10 @@ class Run:
         sigma_data = float(checkpoint.config["model"].get("sigma_data", 1.0))
         average = mean_gradients(accelerator)
         parts = (options, model, self.prior, disc, loss, self.trained, self.device, average, accelerator.autocast)
-        self.update = Step(*parts, sigma_data)
+        self.update = Step(*parts, sigma_data, self.conditions)
         self.mean = [p.detach().clone() for p in self.trained]
         watched = self.data.images if self.data.images is not None else self.teacher.final
-        self.watch = Watch(options, watched.cpu(), check_samples, checkpoint.num_classes, self.device)
+        self.watch = Watch(options, watched.cpu(), check_samples, self.conditions, self.device)
         self.step, self.seconds, self.health = 0, 0.0, Health()
         found = [folder / "state.safetensors" for folder in (out, start) if folder is not None]
         if state := next((path for path in found if path.exists()), None):
@@ -111,6 +118,18 @@ class Run:
             self.say(f"resumed at step {self.step}, after {self.seconds / 60:.1f} minutes")
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _conditions(self, images, labels, captions: Text | None) -> tuple[Classes, Tensor | None]:
+        if captions is None:
+            return Classes(self.checkpoint.num_classes), labels
+        if images is not None and len(images) != len(captions):
+            raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one each, in their order")
+        if self.options.loss == "transport" and self.options.adversarial:
+            raise ValueError(
+                "loss 'transport' compares pictures of one class, and every caption is its own: choose relativistic "
+                "or non_saturating"
+            )
+        return Captions(captions, self.device), None if images is None else torch.arange(len(images))
 
     def _settle(self, path: Path) -> None:
         """The options of the run that stands in the folder must be these."""
@@ -127,7 +146,7 @@ class Run:
         if not o.teacher:
             return None
         settings = {"shape": c.shape, "sigma_trunc": o.sigma_trunc, "sigma_max": c.sigma_max, "sigma_min": 0.02}
-        settings |= {"steps": o.teacher_steps, "num_classes": c.num_classes, "cond_scale": o.cond_scale}
+        settings |= {"steps": o.teacher_steps, "conditions": self.conditions, "cond_scale": o.cond_scale}
         settings |= {"count": o.teacher, "checkpoint": c.fingerprint, "device": self.device}
         with self.accelerator.main_process_first():
             teacher = draw_teacher(c.model, folder, progress=self.accelerator.is_main_process, **settings)
@@ -139,7 +158,7 @@ class Run:
         o, c = self.options, self.checkpoint
         if not o.adversarial:
             return None, None
-        about = {"num_classes": c.num_classes, "width": o.disc_width}
+        about = {"conditions": self.conditions, "width": o.disc_width}
         if o.critic == "features":
             disc = FeatureDiscriminator(c.model, tuple(c.shape), **about).to(self.device)
         else:
@@ -229,7 +248,7 @@ class Run:
                 distance, covered, pictures = self.watch.look(self.checkpoint.model, self.prior)
                 best, text, lost = self.health.see_check(distance, covered)
                 row |= {"distance": round(distance, 4), "coverage": round(covered, 4)}
-                save_grid(pictures, self.out / "grid.png")
+                save_grid(self.show(pictures[:MOST]), self.out / "grid.png")
                 if best:
                     self._save_products("best")
             if text:

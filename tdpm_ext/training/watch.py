@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.sampler import sample
+from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.options import Options
 
 SEEDS = 60_000_000  # of the pictures that are watched
@@ -82,13 +83,14 @@ class Watch:
         images: real pictures, uint8 or float [N, *shape]; at most ``count`` of them, spread evenly, give coverage.
     """
 
-    def __init__(self, options: Options, images: Tensor, count: int, num_classes: int, device: torch.device):
+    def __init__(self, options: Options, images: Tensor, count: int, conditions: Classes, device: torch.device):
         self.options, self.count, self.device = options, count, device
         self.distance = FeatureDistance(_spread(images, ENOUGH))
         some = _spread(images, count)
-        some = some.float() / 127.5 - 1 if some.dtype == torch.uint8 else some
+        self.bounded = some.dtype == torch.uint8  # latents are not
+        some = some.float() / 127.5 - 1 if self.bounded else some
         self.real = self.distance.project(some)
-        self.extra = {"class_cond": (torch.arange(count) % num_classes).to(device)} if num_classes else {}
+        self.extra = conditions.args(conditions.numbers(0, count, device))
         if options.cond_scale != 1.0:
             self.extra["cond_scale"] = options.cond_scale
 
@@ -97,6 +99,7 @@ class Watch:
         steps = prior.prior_nfe + max(1, len(self.options.finish))
         seeds = list(range(SEEDS, SEEDS + self.count))
         settings = {"sigma_trunc": self.options.sigma_trunc, "batch": 256, "device": self.device, "disable": True}
-        pictures = sample(model, prior, steps=steps, seed=seeds, extra_args=self.extra, **settings).clamp(-1, 1)
+        pictures = sample(model, prior, steps=steps, seed=seeds, extra_args=self.extra, **settings)
+        pictures = pictures.clamp(-1, 1) if self.bounded else pictures
         found = self.distance.project(pictures)
         return self.distance(pictures), coverage(self.real, found), pictures
