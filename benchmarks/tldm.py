@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             result = run(bench)
             records.write(result, args.out)
             grid(bench, result, args.out.with_suffix(".png"))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"tldm.py: {error}", file=sys.stderr)
         return 1
     print(show(result))

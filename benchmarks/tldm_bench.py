@@ -34,6 +34,8 @@ from tdpm_ext.vae import load_vae
 
 FIRST = 1_000_000  # seed of the first judged picture; those of tuning and calibration lie elsewhere
 FIT_PROMPTS = 1024
+MADE_BY = dict.fromkeys(("train.zip", "eval.zip", "captions.json"), "build_tldm")
+MADE_BY |= {"phrases.safetensors": "embed_captions"}
 LEADERS = 4  # settings of a count that are scored again on more seeds
 WITH_DATA = "@data"  # a kind fitted to pictures instead of to the denoiser's own, as in text_lowrank@data
 
@@ -93,7 +95,14 @@ class Bench:
 
 
 def build(args: argparse.Namespace) -> Bench:
-    """Read and encode everything. Raises ValueError where parts do not belong together."""
+    """Read and encode everything.
+
+    Raises:
+        FileNotFoundError: data that a recipe makes are not there. ValueError: parts do not belong together.
+    """
+    for name, recipe in MADE_BY.items():
+        if not (args.data / name).exists():
+            raise FileNotFoundError(f"no {args.data / name}: python benchmarks/recipes/{recipe}.py makes it")
     train, held_out = load_pairs(args.data / "train.zip"), load_pairs(args.data / "eval.zip")
     captions = load_captions(args.data / "captions.json")
     table = PhraseTable(load_phrases(args.data / "phrases.safetensors"))

