@@ -113,6 +113,22 @@ class TextLowRankPrior(ImplicitPrior):
         y += rest * math.sqrt((self.residual + b) / (self.residual + a))
         return y.reshape(x.shape).to(x.dtype)
 
+    @torch.no_grad()
+    def start(self, z: Tensor, sigma: float, history: tuple[float, ...] = (), text_pooled: Tensor | None = None, **_):
+        """As in `ImplicitPrior.start`; z is taken to its coordinates once for all levels."""
+        top = sigma_level(self.sigma_max) ** 2
+        c, rest, mean, v, basis = self._rows(z * self.sigma_max, text_pooled)
+
+        def drawn(level: float, denoised: bool) -> Tensor:
+            s2 = sigma_level(level) ** 2
+            along, beside = ((v + s2) / (v + top)).sqrt(), math.sqrt((self.residual + s2) / (self.residual + top))
+            if denoised:
+                along, beside = along * (v / (v + s2)), beside * self.residual / (self.residual + s2)
+            y = torch.addmm(mean, c * along, basis.T) + rest * beside
+            return y.reshape(z.shape).to(z.dtype)
+
+        return drawn(sigma, False), [(level, drawn(level, True)) for level in sorted(history)]
+
     def state(self) -> tuple[dict[str, Tensor], dict]:
         config = {"shape": list(self.shape), "residual": self.residual}
         return dict(self.tensors), {**config, "sigma_trunc": self.sigma_trunc, "sigma_max": self.sigma_max}
