@@ -31,7 +31,7 @@ from benchmarks import records, rivals, timing  # noqa: E402
 from benchmarks.alignment import EffLiteBoth  # noqa: E402
 from benchmarks.tldm_bench import FIRST, Bench, build, priors, run_tuned, tuned  # noqa: E402
 from benchmarks.tldm_data import prompt_of  # noqa: E402
-from benchmarks.tldm_judge import Judging, figure, show  # noqa: E402
+from benchmarks.tldm_judge import Judging, figure, show, table  # noqa: E402
 from benchmarks.tldm_verdict import headline, verdicts  # noqa: E402
 from tdpm_ext.text import MiniLM  # noqa: E402
 
@@ -208,10 +208,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--accelerate", choices=("off", "exact", "compile"), default="compile", help="(default compile)")
     p.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="of the figure")
     p.add_argument("--seed", type=int, default=7, help="of the figure (default 7)")
+    p.add_argument("--table", type=Path, metavar="JSON", help="print a record as Markdown, and nothing else")
     p.add_argument("--work", type=Path, help="folder for finished arms (default out/tldm/bench-...)")
     p.add_argument("--out", type=Path, help="JSON (default benchmarks/results/tldm-....json; a PNG beside it)")
     args = p.parse_args(argv)
-    if args.ideal == (args.checkpoint is not None):
+    if args.table is None and args.ideal == (args.checkpoint is not None):
         p.error("give either --ideal or --checkpoint FILE")
     if not args.kinds and not args.prior:
         p.error("nothing to judge: give --kinds, or --prior FILE")
@@ -224,6 +225,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.table is not None:
+        print(table(records.read(args.table)))
+        return 0
     try:
         with torch.no_grad():
             bench = build(args)

@@ -15,6 +15,7 @@ from benchmarks import metrics
 from benchmarks.alignment import Alignment, EffLiteBoth
 from benchmarks.features import EffLiteMid, cached_features, extract
 from benchmarks.judging import CACHE, spread
+from benchmarks.tldm_verdict import headline
 from tdpm_ext.grid import picture_grid, save_png
 from tdpm_ext.pictures import to_uint8
 
@@ -86,6 +87,25 @@ def show(result: dict) -> str:
     lines += [
         json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in v.items()}) for v in result["verdicts"]
     ]
+    return "\n".join(lines)
+
+
+def table(result: dict) -> str:
+    """The record as Markdown: of tuned solvers at a count the one of less distance, of ours the headline's plans."""
+    best, least = headline(result["rows"]), {}
+    for row in result["rows"]:
+        at = ("rival", row["budget"]) if row["arm"] == "rival" else id(row)
+        ours = row["arm"] != "tdpm" or all(row[k] == best[k] for k in ("prior", "objective"))
+        if ours and (at not in least or row["fd"] < least[at]["fd"]):
+            least[at] = row
+    lines = ["| | evaluations | FD | coverage, recall | R@1, R@10 | rmse |", "|---|---|---|---|---|---|"]
+    for row in least.values():
+        name = {"own": "own run (dpmpp_2m)", "ddim": "DDIM, 250 steps", "tdpm": f"tdpm, `{row.get('prior')}`"}
+        name = name.get(row["arm"], f"best tuned: {row.get('sampler')}")
+        lines.append(
+            f"| {name} | {row['nfe']} | {row['fd']:.2f} | {row['coverage']:.2f}, {row['recall']:.2f} | "
+            f"{row['r1']:.3f}, {row['r10']:.3f} | {row['rmse']:.3f} |"
+        )
     return "\n".join(lines)
 
 

@@ -205,6 +205,12 @@ def test_one_command_judges_every_arm_and_goes_on_where_it_stopped(tmp_path, cap
     ]  # fmt: skip
     assert len(first["rows"]) == 7 and len(first["verdicts"]) == 4 and first["rows"][0]["rmse"] == 0
     assert (tmp_path / "r.png").exists()
+    capsys.readouterr()
+    assert tldm.main(["--table", str(tmp_path / "r.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len(lines) == 5 and lines[2].startswith("| own run (dpmpp_2m) | 60 |") and lines[4].startswith("| tdpm, `text_")
+    )
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}
     (tmp_path / "work" / "own-60.safetensors").unlink()
     capsys.readouterr()
