@@ -27,6 +27,7 @@ import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import features as judges  # noqa: E402
 from benchmarks import metrics, rivals  # noqa: E402
 from tdpm_ext.grid import picture_grid, save_png  # noqa: E402
+from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_uint8, to_unit  # noqa: E402
 
 ASSETS = ROOT / "assets" / "fashion-mnist"
@@ -143,6 +144,7 @@ def main(argv=None) -> None:
         raise SystemExit(f"--pictures {args.pictures}: give at least 20")
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = tdpm.open_checkpoint(ASSETS / "denoiser.safetensors")
+    accelerate(checkpoint.model)  # equal to rounding, and the same for every row
     pictures = load_pictures(ASSETS / "fit.zip")
     prior, seconds = fit(checkpoint, pictures)
     tdpm.save_prior(prior, args.out / "prior.safetensors")
