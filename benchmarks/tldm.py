@@ -10,13 +10,14 @@ the long run, and the distance between activations of the checkpoint. ``ddim`` i
 DDIM without noise: the paper's baseline, not a rival. Everything is judged on held-out captions: FD-EffLite0-mid112
 with its floor, coverage and recall, alignment with its chance, rmse of pictures to the model's own 60-evaluation run
 from the same seeds. ``nfe`` counts evaluations; with guidance each is two passes through the network. Finished arms
-are kept in the work folder, and the same command goes on from there.
+are kept in the work folder: the same command goes on from there, and one with more --samples adds what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -135,11 +136,15 @@ def latency(bench: Bench, row: dict, prior) -> dict:
 def run(bench: Bench) -> dict:
     """The record."""
     known = priors(bench)
-    extra = bench.extra(bench.text(bench.held_out, bench.judged_rows))
-    runs = Runs(bench, list(range(FIRST, FIRST + len(bench.judged_rows))), extra)
+
+    def rest(row: dict, first: int) -> torch.Tensor:
+        rows = bench.judged_rows[first:]
+        seeds = [FIRST + first + i for i in range(len(rows))]
+        return Runs(bench, seeds, bench.extra(bench.text(bench.held_out, rows))).make(row, known)
+
     judging, rows, own = Judging(bench, EffLiteBoth()), [], None
     for row in arms(bench, known):
-        pictures = bench.space.decode(bench.kept(file_of(row), lambda row=row: runs.make(row, known)))
+        pictures = bench.space.decode(bench.kept(file_of(row), partial(rest, row)))
         own = pictures if own is None else own
         rows.append({**row, **judging.measure(pictures, own)})
     best = headline(rows)

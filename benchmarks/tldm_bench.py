@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,12 +82,16 @@ class Bench:
         """The model's arguments for ``count`` training captions: what priors and rivals are chosen by."""
         return self.extra(self.text(self.train, np.resize(self.train_rows, count)))
 
-    def kept(self, name: str, make) -> torch.Tensor:
-        """The latents of arm ``name``, made once and kept."""
-        path = self.args.work / f"{name}.safetensors"
-        if path.exists():
-            return load_file(path)["x"]
-        x = make().cpu().contiguous()
+    def kept(self, name: str, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The latents of arm ``name`` for all judged captions: what is there, and ``make(first)``, the rest, kept too.
+
+        Captions and seeds of fewer samples are the first ones of more.
+        """
+        path, wanted = self.args.work / f"{name}.safetensors", len(self.judged_rows)
+        x = load_file(path)["x"] if path.exists() else torch.empty(0, *self.shape)
+        if len(x) >= wanted:
+            return x[:wanted]
+        x = torch.cat([x, make(len(x)).cpu()]).contiguous()
         temporary = path.with_suffix(".tmp")
         save_file({"x": x}, temporary)
         temporary.replace(path)
@@ -128,7 +133,7 @@ def build(args: argparse.Namespace) -> Bench:
 
 def _settle(args: argparse.Namespace, denoiser: str) -> None:
     """The work folder must have been made for this denoiser and these settings."""
-    names = ("cond_scale", "samples", "tune_samples", "calibration_samples")
+    names = ("cond_scale", "tune_samples", "calibration_samples")
     here = json.loads(json.dumps({"denoiser": denoiser} | {name: getattr(args, name) for name in names}))
     path = args.work / "settings.json"
     args.work.mkdir(parents=True, exist_ok=True)
@@ -181,7 +186,7 @@ def _planned(bench: Bench, prior, path: Path):
     added = False
     for objective, samples in zip(("fidelity", "quality"), bench.args.calibration_samples, strict=True):
         missing = [b for b in budgets if b not in prior.plans.get(objective, {})]
-        if not missing or (prior.prior_nfe and objective == "fidelity"):  # with fresh noise it keeps no seed
+        if not missing or (objective == "fidelity" and not prior.coupled):
             continue
         options = {"data": bench.latents} if objective == "quality" else {}
         extra = bench.trained(samples)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import records, tldm
 from benchmarks.alignment import Alignment, EffLiteBoth
@@ -219,5 +220,10 @@ def test_one_command_judges_every_arm_and_goes_on_where_it_stopped(tmp_path, cap
     again = records.read(tmp_path / "r.json")
     assert again["rows"] == first["rows"]
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}.keys() == made.keys()
-    assert tldm.main([*words, "--samples", "13"]) == 1
-    assert "samples: 12 there, 13 here" in capsys.readouterr().err
+    some = load_file(tmp_path / "work" / "own-60.safetensors")["x"]
+    assert tldm.main([*words, "--samples", "14"]) == 0  # two pictures more of every arm
+    more = load_file(tmp_path / "work" / "own-60.safetensors")["x"]
+    assert len(more) == 14 and torch.equal(more[:12], some)
+    assert records.read(tmp_path / "r.json")["samples"] == 14
+    assert tldm.main([*words, "--tune-samples", "5", "6"]) == 1
+    assert "tune_samples: [4, 6] there, [5, 6] here" in capsys.readouterr().err
