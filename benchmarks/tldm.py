@@ -87,7 +87,7 @@ def arms(bench: Bench, known: dict) -> list[dict]:
     for name, prior in known.items():
         for budget in (b for b in bench.args.budgets if b > prior.prior_nfe):
             for objective in (o for o in OBJECTIVES.values() if prior.plans.get(o)):
-                plan = prior.plan_for(budget, objective)
+                plan = prior.plan_for(budget - prior.prior_nfe, objective)
                 about = {"prior": name, "nfe": plan.steps + prior.prior_nfe, "sigma_trunc": plan.sigma_trunc}
                 out.append({"arm": "tdpm", "objective": objective, "budget": budget, **about})
     return out
@@ -107,7 +107,10 @@ def latency(bench: Bench, row: dict, prior) -> dict:
     count = bench.args.timed
     rows = np.resize(bench.judged_rows, count)
     extra = bench.extra(bench.text(bench.held_out, rows))
-    runs, plan = Runs(bench, list(range(count)), extra), prior.plan_for(row["budget"], row["objective"])
+    runs, plan = (
+        Runs(bench, list(range(count)), extra),
+        prior.plan_for(row["budget"] - prior.prior_nfe, row["objective"]),
+    )
     told = {k: v for k, v in extra.items() if prior.conditions is None or k in prior.conditions}
     x, sigma = prior.sample(runs.z, plan.sigma_trunc, **told), torch.full([count], plan.sigma_trunc)
     decode = bench.space.decode

@@ -185,7 +185,7 @@ def _planned(bench: Bench, prior, path: Path):
     budgets = [b for b in bench.args.budgets if b > prior.prior_nfe]
     added = False
     for objective, samples in zip(("fidelity", "quality"), bench.args.calibration_samples, strict=True):
-        missing = [b for b in budgets if b not in prior.plans.get(objective, {})]
+        missing = [b for b in budgets if b - prior.prior_nfe not in prior.plans.get(objective, {})]
         if not missing or (objective == "fidelity" and not prior.coupled):
             continue
         options = {"data": bench.latents} if objective == "quality" else {}

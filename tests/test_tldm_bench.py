@@ -19,8 +19,13 @@ from benchmarks.text_ideal import TextIdealDenoiser
 from benchmarks.tldm_bench import _settle
 from benchmarks.tldm_data import load_captions
 from benchmarks.tldm_verdict import headline, verdicts
+from tdpm_ext.checkpoints import open_checkpoint
 from tdpm_ext.ideal import IdealDenoiser
+from tdpm_ext.priors.io import save_prior
+from tdpm_ext.priors.shared import SharedPrior
 from tdpm_ext.text import save_phrases
+from tdpm_ext.text_denoiser import TextDenoiser
+from tests.tiny_text import MODEL, written
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "tldm"
 
@@ -180,7 +185,7 @@ def some_data(folder: Path) -> Path:
     """A few held-out pictures twice, as both halves; all phrases with embeddings by chance."""
     with zipfile.ZipFile(ASSETS / "eval.zip") as archive:
         names = archive.namelist()
-        for name, some in (("train.zip", names[::8]), ("eval.zip", names[::40])):
+        for name, some in (("train.zip", names[::10]), ("eval.zip", names[::40])):
             with zipfile.ZipFile(folder / name, "w") as out:
                 for member in some:
                     out.writestr(member, archive.read(member))
@@ -227,3 +232,26 @@ def test_one_command_judges_every_arm_and_goes_on_where_it_stopped(tmp_path, cap
     assert records.read(tmp_path / "r.json")["samples"] == 14
     assert tldm.main([*words, "--tune-samples", "5", "6"]) == 1
     assert "tune_samples: [4, 6] there, [5, 6] here" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_judged_with_a_prior_that_was_trained_for_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tldm, "DDIM", 9)  # steps
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("k_diffusion")
+    checkpoint = written(
+        tmp_path, MODEL | {"input_channels": 4, "input_size": [16, 16], "mapping_cond_dim": 384, "cross_cond_dim": 384}
+    )
+    opened = open_checkpoint(checkpoint)
+    model = TextDenoiser(opened)
+    prior = SharedPrior.create(model, (4, 16, 16), 0.5, 2.0, rank=1, sigma_max=opened.sigma_max)
+    prior.card["checkpoint"] = opened.fingerprint
+    save_prior(prior, tmp_path / "learned.safetensors")
+    words = ["--checkpoint", str(checkpoint), "--data", str(some_data(tmp_path)), "--accelerate", "off", "--kinds"]
+    words += ["--prior", str(tmp_path / "learned.safetensors"), "--budgets", "2", "3", "--rival-budgets", "2"]
+    words += ["--samples", "8", "--rounds", "1", "--timed", "2", "--no-ddim", "--prompts", "dog, flat style"]
+    words += ["--tune-samples", "2", "3", "--calibration-samples", "4", "6", "--work", str(tmp_path / "work")]
+    assert tldm.main([*words, "--out", str(tmp_path / "r.json")]) == 0, capsys.readouterr().err
+    record = records.read(tmp_path / "r.json")
+    ours = [(r["prior"], r["objective"], r["nfe"]) for r in record["rows"] if r["arm"] == "tdpm"]
+    assert ours == [("shared", "quality", 2), ("shared", "quality", 3)]  # the prior's own call among them
+    assert {"prior", "evaluation", "decode", "tdpm_2", "ddim_9"} <= record["latency"]["ms_per_picture"].keys()

@@ -6,59 +6,29 @@ import os
 
 os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import tdpm_ext as tdpm
 from tdpm_ext.cli import main
 from tdpm_ext.fit_text import fit_text_prior
 from tdpm_ext.grid import save_png, to_image
-from tdpm_ext.text import Text
 from tdpm_ext.text_denoiser import TextDenoiser, text_args
 from tdpm_ext.text_job import vae_fingerprint
 from tdpm_ext.training.conditions import Captions
 from tdpm_ext.training.options import Options
 from tdpm_ext.training.trainer import Limits, Run
 from tdpm_ext.vae import PictureVAE, load_vae, save_vae
+from tests.tiny_text import COUNT, MODEL, SHAPE, captions, written
 
-K = pytest.importorskip("k_diffusion")
-WIDTH, COUNT, SHAPE = 8, 300, (2, 8, 8)
-MODEL = {
-    "type": "image_v1", "input_channels": 2, "input_size": [8, 8], "patch_size": 1, "mapping_out": 16,
-    "mapping_cond_dim": WIDTH, "cross_cond_dim": WIDTH, "depths": [1], "channels": [32], "self_attn_depths": [False],
-    "cross_attn_depths": [True], "dropout_rate": 0.0, "augment_wrapper": False, "augment_prob": 0.0,
-    "sigma_data": 1.0, "sigma_min": 0.02, "sigma_max": 20,
-    "sigma_sample_density": {"type": "lognormal", "mean": 0.0, "std": 1.0},
-}  # fmt: skip
+pytest.importorskip("k_diffusion")
 SMALL = Options(batch=8, warmup=2, disc_width=8, width=16, depth=1, sigma_trunc=0.5, sigma_init=2.0, sigma_high=0.6)
 FOLLOWING = replace(SMALL, adversarial=0.0, regression=1.0, teacher=140, teacher_steps=4, noise="kept")
-
-
-def written(folder: Path, model: dict = MODEL, about: dict | None = None) -> Path:
-    """A tiny random denoiser as a file."""
-    config = K.config.load_config({"model": model, "dataset": {"type": "text", "num_classes": 0}})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        inner = K.config.make_model(config)
-        for p in inner.parameters():
-            if not p.any():
-                torch.nn.init.normal_(p, std=0.05)
-    weights = {name: value.contiguous() for name, value in inner.state_dict().items()}
-    path = folder / "denoiser.safetensors"
-    save_file(weights, path, {"config": json.dumps(config | ({"text": about} if about else {}))})
-    return path
-
-
-def captions(count: int = COUNT, width: int = WIDTH) -> Text:
-    generator = torch.Generator().manual_seed(1)
-    pooled = torch.randn(count, width, generator=generator)
-    return Text(pooled[:, None].repeat(1, 2, 1), torch.zeros(count, 2), pooled)
 
 
 def latents() -> torch.Tensor:
