@@ -15,8 +15,7 @@ from itertools import pairwise
 import torch
 from tqdm.auto import tqdm
 
-from tdpm_ext.activations import activations_of
-from tdpm_ext.distance import FeatureDistance, some_pictures, spread
+from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
 from tdpm_ext.reference import StandIn, Trajectories, run_batched
@@ -29,7 +28,6 @@ OBJECTIVES = ("fidelity", "quality")
 RHOS = (1.0, 2.0, 3.0, 5.0, 7.0)
 FEW = 4  # evaluations
 RIDGE = 2e-3  # pull of fitted weights towards the usual ones, relative to the estimates' spread
-LOOK = 0.2  # of the data's std: the noise level at which the checkpoint looks at pictures to judge them
 HISTORY = (1.6, 2.56)  # levels of the seeded estimates, as multiples of sigma_trunc
 
 
@@ -57,8 +55,7 @@ def calibrate(
         objective: ``fidelity`` (no data needed) or ``quality`` (needs ``data``).
         data: pictures in the form `fit_prior` takes.
         num_classes: sample with ``class_cond`` running through the classes; 0: unconditionally.
-        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: the model's own
-            activations, or fixed random convolutions where it shows none.
+        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions.
         samples: seeds used (default 48 for fidelity; 384 for quality, half of them beyond 4 evaluations).
 
     Raises:
@@ -86,21 +83,10 @@ def calibrate(
     if objective == "fidelity":
         plans = _fidelity(job, budgets)
     else:
-        plans = _quality(job, budgets, _distance(job, data, features, extra_args, seed))
+        plans = _quality(job, budgets, FeatureDistance(data, features, seed=seed))
     prior.plans[objective] = {**prior.plans.get(objective, {}), **plans}
     prior.card["calibrated_cond_scale"] = float(extra.get("cond_scale", 1.0))
     return prior
-
-
-def _distance(job: _Job, data, features, given: dict | None, seed: int) -> FeatureDistance:
-    """Judged by the given features, or the checkpoint's own activations where it shows any, or random ones."""
-    pictures = some_pictures(data)
-    if features is None:
-        # One condition for all, so that only the pictures differ; and one evaluation each, without guidance.
-        extra = {k: v for k, v in rows_of(given or {}, slice(1), len(job.z)).items() if k != "cond_scale"}
-        settings = {"batch": job.batch, "seed": seed}
-        features = activations_of(job.model, LOOK * spread(pictures), job.prior.shape, extra, **settings)
-    return FeatureDistance(pictures, features, seed=seed)
 
 
 class _Job:

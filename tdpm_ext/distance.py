@@ -1,8 +1,7 @@
 """A distance between sets of pictures for calibration: Frechet, in fixed random features unless better are given.
 
-Random convolutions see edges, textures and their placement; they need no weights. Calibration gives the activations
-of the checkpoint itself where it shows any (activations.py), which rank plans better. Neither is a network that the
-benchmarks judge with.
+Random convolutions see edges, textures and their placement; they rank variants of one model well enough to choose a
+schedule by, need no weights, and are not the networks that the benchmarks judge with.
 """
 
 from __future__ import annotations

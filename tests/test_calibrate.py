@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tdpm_ext.calibrate import LOOK, calibrate
-from tdpm_ext.distance import FeatureDistance, spread
+from tdpm_ext.calibrate import calibrate
+from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.fit import fit_prior
 from tdpm_ext.ideal import IdealDenoiser
 from tdpm_ext.plan import Plan
@@ -128,30 +128,6 @@ def test_quality_beats_the_default_plan_on_fresh_seeds_and_other_pictures(calibr
         ours = distance(run(calibrated, model, calibrated.plan_for(budget, "quality"), z))
         plain = distance(run(calibrated, model, default_plan(calibrated.sigma_trunc, budget), z))
         assert ours < plain
-
-
-class Seeing(torch.nn.Module):
-    """The exact denoiser, with a block whose activations can be seen."""
-
-    def __init__(self, exact):
-        super().__init__()
-        self.blocks, self.exact = torch.nn.ModuleList([torch.nn.Conv2d(1, 4, 3)]), exact
-        self.given = []
-
-    def forward(self, x, sigma, **extra):
-        self.blocks[0](x)
-        self.given.append((float(sigma[0]), extra))
-        return self.exact(x, sigma, class_cond=extra.get("class_cond"))
-
-
-def test_quality_looks_at_pictures_through_the_models_own_blocks_without_guidance(data, prior, model):
-    seeing = Seeing(model)
-    quick(prior, seeing, [2], objective="quality", samples=32, extra_args={"cond_scale": 2.0}, num_classes=3)
-    level = LOOK * spread(pictures(seed=5)[0])
-    looks = [extra for sigma, extra in seeing.given if sigma == pytest.approx(level, rel=1e-5)]
-    runs = [extra for sigma, extra in seeing.given if sigma != pytest.approx(level, rel=1e-5)]
-    assert looks and all(extra == {} for extra in looks)
-    assert runs and all(extra["cond_scale"] == 2.0 for extra in runs)
 
 
 def test_it_works_with_the_ideal_denoiser_of_a_data_set(data):
