@@ -6,7 +6,7 @@
 Needs out/tldm (``recipes/build_tldm.py``, ``recipes/embed_captions.py``) and the auto-encoder. Priors are fitted from
 the denoiser under training captions and the guidance that is used, and calibrated for it; ``--prior FILE`` takes a
 finished one, closed or learned. Rivals are tuned for every count by the two scores that calibration looks at: rmse to
-the long run, and the distance between activations of the checkpoint. ``ddim`` is 250 steps of Euler's method, which is
+the long run, and a distance in fixed random features of latents. ``ddim`` is 250 steps of Euler's method, which is
 DDIM without noise: the paper's baseline, not a rival. Everything is judged on held-out captions: FD-EffLite0-mid112
 with its floor, coverage and recall, alignment with its chance, rmse of pictures to the model's own 60-evaluation run
 from the same seeds. ``nfe`` counts evaluations; with guidance each is two passes through the network. Finished arms

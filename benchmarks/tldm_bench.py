@@ -21,8 +21,6 @@ import tdpm_ext as tdpm
 from benchmarks import metrics, rivals
 from benchmarks.text_ideal import TextIdealDenoiser
 from benchmarks.tldm_data import Pairs, load_captions, load_pairs, prompt_of
-from tdpm_ext.activations import activations_of
-from tdpm_ext.calibrate import LOOK
 from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.fit_text import fit_text_prior
 from tdpm_ext.kernels import accelerate
@@ -211,7 +209,7 @@ def tuned(bench: Bench) -> dict:
     z, extra = rivals.noise_for(range(more), bench.shape), bench.trained(more)
     first = {k: v[:few] if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
     reference = rivals.reference_run(bench.model, z[:few], extra_args=first, batch=bench.args.batch)
-    distance = _distance(bench)
+    distance = FeatureDistance(bench.latents)  # what `tdpm_ext.calibrate` judges quality by
 
     def score(x: torch.Tensor) -> dict[str, float]:
         return {"rmse": metrics.paired_rmse(x, reference), "distance": distance(x)}
@@ -232,10 +230,3 @@ def run_tuned(bench: Bench, s: dict, z: torch.Tensor, extra: dict) -> torch.Tens
     """A solver with the settings of a row of tuning: latents [N, ...]."""
     way = (s["sampler"], s["budget"], s["sigma_max"], s["rho"])
     return rivals.run_rival(bench.model, *way, z, extra_args=extra, batch=bench.args.batch).x
-
-
-def _distance(bench: Bench) -> FeatureDistance:
-    """The distance that `tdpm_ext.calibrate` judges quality by, so that both sides are chosen by one score."""
-    extra = {k: v[:1] for k, v in bench.trained(1).items() if isinstance(v, torch.Tensor)}
-    features = activations_of(bench.model, LOOK * float(bench.latents.std()), bench.shape, extra)
-    return FeatureDistance(bench.latents, features)
