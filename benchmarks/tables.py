@@ -49,16 +49,25 @@ def table(result: dict, title: str) -> str:
     for budget in budgets:
         by_fd, by_rmse = at["rival:fd", budget], at["rival:rmse", budget]
         key = str(budget)
+        fds = lower_in_bold(by_fd["fd"], at["tdpm:quality", budget]["fd"], 2)
+        errors = lower_in_bold(by_rmse["rmse"], at["tdpm:fidelity", budget]["rmse"], 3)
         lines.append(
-            f"| {budget} | {by_fd['fd']:.2f} ({by_fd['sampler']}) | **{at['tdpm:quality', budget]['fd']:.2f}** | "
+            f"| {budget} | {fds[0]} ({by_fd['sampler']}) | {fds[1]} | "
             f"{verdict['coverage_over_own'][key]:.2f}, {verdict['recall_over_own'][key]:.2f} | "
             f"{'never as good' if saved[budget] is None else f'{saved[budget]:.1f}x'} | "
-            f"{by_rmse['rmse']:.3f} ({by_rmse['sampler']}) | **{at['tdpm:fidelity', budget]['rmse']:.3f}** |"
+            f"{errors[0]} ({by_rmse['sampler']}) | {errors[1]} |"
         )
     if "copying" in result:
         lines += ["", f"Distance to the nearest fitted picture over that of held-out pictures: "
                       f"{result['copying']['ratio']:.2f} (1: no copying)."]  # fmt: skip
     return "\n".join(lines)
+
+
+def lower_in_bold(rival: float, ours: float, digits: int) -> tuple[str, str]:
+    """Both as text; bold is what is lower as printed, both where they are equal."""
+    texts = f"{rival:.{digits}f}", f"{ours:.{digits}f}"
+    lowest = min(texts, key=float)
+    return tuple(f"**{text}**" if text == lowest else text for text in texts)
 
 
 def frontier_table(record: dict, title: str) -> str:
@@ -81,7 +90,8 @@ def frontier_table(record: dict, title: str) -> str:
     ]
     for row in record["verdict"]:
         saved = "never as good" if row["saved"] is None else f"{row['saved']:.1f}x"
-        cells = [str(row["budget"]), f"**{fd(row['ours_fd'])}**"]
+        better = row["ours_fd"]["mean"] <= row["rival_fd"]["mean"]
+        cells = [str(row["budget"]), f"**{fd(row['ours_fd'])}**" if better else fd(row["ours_fd"])]
         cells += [f"{fd(row['rival_fd'])} ({row['rival'].rsplit(' for ', 1)[0]})", said[row["outcome"]], saved]
         lines.append(f"| {' | '.join(cells)} |")
     figure = f"benchmarks/results/frontier-{slug(record)}-evaluations.png"
@@ -96,7 +106,8 @@ def slug(record: dict) -> str:
 def render() -> str:
     """All tables whose JSON is there, with one paragraph on how to read them."""
     parts = [
-        "CPU figures, where no GPU is named. FD: Frechet distance in the 128 features of a classifier (CIFAR-10: 112 "
+        "CPU figures, where no GPU is named; bold: the lower one. "
+        "FD: Frechet distance in the 128 features of a classifier (CIFAR-10: 112 "
         "of EfficientNet-Lite0) "
         "against pictures that neither prior nor calibration saw; not comparable with published FID. rmse: to the "
         "denoiser's own 60-evaluation picture from the same seed. The k-diffusion column is the best of euler, heun, "
