@@ -54,7 +54,7 @@ LONG, SHORT = 50, 5  # evaluations
 SOLVERS = ("dpmpp_2m", "lms", "heun")  # at LONG; all five at SHORT
 LOSSES = {"adversarial": 1.0, "denoising": 1.0, "gamma": 0.1, "critic": "own", "disc_width": 24}
 LEVELS = {"sigma_init": 1.2, "sigma_trunc": 0.7, "sigma_low": 0.2, "sigma_high": 0.8, "noise": "fresh"}
-RATES = {"lr": 5e-4, "disc_lr": 1e-3, "ema": 0.995, "warmup": 100, "batch": 32, "label_dropout": 0.0}
+RATES = {"lr": 5e-4, "disc_lr": 1e-3, "ema": 0.99, "warmup": 100, "batch": 32, "label_dropout": 0.0}
 CUTS = {"closed": (0.5, 0.7, 1.0, 1.5, 2.2, 3.2), "learned": (0.25, 0.35, 0.5, 0.7)}
 
 
@@ -235,14 +235,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=8.5, help="of compute per arm (default 8.5)")
+    p.add_argument("--minutes", type=float, default=5, help="of compute per arm (default 5)")
     p.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "recipes" / "fashion_mnist_small.json")
     p.add_argument("--data", type=Path, default=ASSETS / "fit.zip", help="pictures to train on (default fit.zip)")
     p.add_argument("--batch", type=int, default=64, help="of plain training (default 64)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--samples", type=int, default=500, help="judged pictures per block of seeds (default 500)")
+    p.add_argument("--samples", type=int, default=334, help="judged pictures per block of seeds (default 334)")
     p.add_argument("--blocks", type=int, default=3)
-    p.add_argument("--searched", type=int, default=128, help="seeds by which solvers and cuts are chosen")
+    p.add_argument("--searched", type=int, default=100, help="seeds by which solvers and cuts are chosen")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "joint")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)

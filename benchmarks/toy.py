@@ -1,6 +1,7 @@
 """The paper's claims on six distributions in the plane: DDPM, truncated chains behind five priors, a one-shot GAN.
 
-    python benchmarks/toy.py                      # three seeds; minutes per seed and set on one core
+    python benchmarks/toy.py                      # one seed: nine minutes of one core in all
+    python benchmarks/toy.py --seeds 3            # and the spread between trainings
     python benchmarks/toy.py --sets ring --seeds 1
     python benchmarks/toy.py --quick              # seconds; the same steps at a toy's toy size, into out/toy-quick
     python benchmarks/toy.py --figures            # draw again from the record and the kept samples
@@ -225,7 +226,7 @@ def run(args: argparse.Namespace, size: Size, argv: list[str] | None) -> dict:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--sets", nargs="+", choices=tuple(DRAWN), default=list(DRAWN), help="(default: all six)")
-    p.add_argument("--seeds", type=int, default=3, help="trainings per set (default 3)")
+    p.add_argument("--seeds", type=int, default=1, help="trainings per set (default 1)")
     p.add_argument("--jobs", type=int, default=1, help="processes, one core each (default 1)")
     p.add_argument("--quick", action="store_true", help="a study of seconds: shows that it runs, measures nothing")
     p.add_argument("--figures", action="store_true", help="only draw the figures again")

@@ -176,7 +176,7 @@ def _lost(record: dict, axis, figure) -> None:
         ends.append((row["title"], x[-1], y[-1], "black", False))
     axis.axvline(3, color="black", linestyle=":", linewidth=1)
     axis.axhline(100, color="#cccccc", linewidth=0.7, zorder=0)
-    axis.text(2.85, 103, "3 x std", ha="right", fontsize=8)
+    axis.text(3.15, 0, "3 x std", fontsize=8)
     axis.set_xlabel("sigma_trunc over the data's std")
     axis.set_ylabel("the part's share of its due, %")
     axis.set_title("A prior that never draws one part of the data:\nwhat denoising brings back", loc="left", fontsize=9,

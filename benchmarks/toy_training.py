@@ -28,8 +28,8 @@ class Training:
     denoiser_steps: int = 8000
     denoiser_batch: int = 512
     learning_rate: float = 3e-3
-    prior_steps: int = 2000
-    prior_batch: int = 256
+    prior_steps: int = 1500
+    prior_batch: int = 128
     prior_rate: float = 2e-3
     gamma: float = 0.05
 
