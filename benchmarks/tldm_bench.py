@@ -160,7 +160,7 @@ def fitted(bench: Bench, kind: str):
     """A closed-form prior of this kind, fitted and calibrated; kept."""
     path = bench.args.work / f"prior-{kind}.safetensors"
     if path.exists():
-        return tdpm.load_prior(path)
+        return _planned(bench, tdpm.load_prior(path), path)
     name, with_data = kind.removesuffix(WITH_DATA), kind.endswith(WITH_DATA)
     shared = {"checkpoint": bench.checkpoint}
     if with_data and name.startswith("text_"):
@@ -175,13 +175,13 @@ def fitted(bench: Bench, kind: str):
             prior = fit_text_prior(name, text=text, draws=FIT_PROMPTS, **shared)
         else:
             prior = tdpm.fit_prior(name, extra_args=text, draws=len(bench.train_rows), **shared)
+    tdpm.save_prior(prior, path)
     return _planned(bench, prior, path)
 
 
 def _planned(bench: Bench, prior, path: Path):
-    """Calibrated for what it has no plans for yet; kept in ``path`` if anything was added."""
+    """Calibrated for what it has no plans for yet; every addition is kept in ``path``."""
     budgets = [b for b in bench.args.budgets if b > prior.prior_nfe]
-    added = False
     for objective, samples in zip(("fidelity", "quality"), bench.args.calibration_samples, strict=True):
         missing = [b for b in budgets if b - prior.prior_nfe not in prior.plans.get(objective, {})]
         if not missing or (objective == "fidelity" and not prior.coupled):
@@ -189,8 +189,6 @@ def _planned(bench: Bench, prior, path: Path):
         options = {"data": bench.latents} if objective == "quality" else {}
         extra = bench.trained(samples)
         tdpm.calibrate(prior, bench.model, missing, objective=objective, extra_args=extra, samples=samples, **options)
-        added = True
-    if added:
         tdpm.save_prior(prior, path)
     return prior
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tdpm_ext
 from benchmarks import records, tldm
 from benchmarks.alignment import Alignment, EffLiteBoth
 from benchmarks.features import EffLiteMid
@@ -219,11 +220,15 @@ def test_one_command_judges_every_arm_and_goes_on_where_it_stopped(tmp_path, cap
     )
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}
     (tmp_path / "work" / "own-60.safetensors").unlink()
+    path = tmp_path / "work" / "prior-text_lowrank.safetensors"
+    prior = tdpm_ext.load_prior(path)
+    whole, prior.plans = prior.plans, {"fidelity": prior.plans["fidelity"]}  # as after an interruption
+    save_prior(prior, path)
     capsys.readouterr()
     assert tldm.main(words) == 0
     assert capsys.readouterr().out.count(": done") == 1  # only what was missing
     again = records.read(tmp_path / "r.json")
-    assert again["rows"] == first["rows"]
+    assert again["rows"] == first["rows"] and tdpm_ext.load_prior(path).plans == whole
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}.keys() == made.keys()
     some = load_file(tmp_path / "work" / "own-60.safetensors")["x"]
     assert tldm.main([*words, "--samples", "14"]) == 0  # two pictures more of every arm
