@@ -278,9 +278,12 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
             return distance(some.run(make_plan(cut, last, budget, 3.0, 2, 2)))
 
         surface = Surface(score)
-        if point is None:  # cut and last sigma pull at each other, and one walk can end in the wrong valley
-            point = min(_first_points(job.prior, std), key=surface)
-        point = surface.lowest(point)
+        found = [] if point is None else [surface.lowest(point)]
+        if budget <= FEW or not found:  # one evaluation more can move the best cut to quite another valley
+            first = min(_first_points(job.prior, std), key=surface)
+            if not found or surface(first) < surface(found[0]):
+                found.append(surface.lowest(first))
+        point = min(found, key=surface)
         plans[budget] = replace(make_plan(*point, budget, 3.0, 2, 2), error=surface(point))
         point = (point[0], 0.85 * point[1])  # more evaluations can end lower
     return plans

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tdpm_ext.calibrate import calibrate
+from tdpm_ext.calibrate import _quality, calibrate
 from tdpm_ext.distance import FeatureDistance
 from tdpm_ext.fit import fit_prior
 from tdpm_ext.ideal import IdealDenoiser
@@ -128,6 +128,33 @@ def test_quality_beats_the_default_plan_on_fresh_seeds_and_other_pictures(calibr
         ours = distance(run(calibrated, model, calibrated.plan_for(budget, "quality"), z))
         plain = distance(run(calibrated, model, default_plan(calibrated.sigma_trunc, budget), z))
         assert ours < plain
+
+
+def test_quality_leaves_the_valley_of_the_budget_before_when_another_is_lower(prior):
+    class Job:
+        """Gives plans back instead of pictures, for a distance with two valleys in the cut."""
+
+        sigma_min, progress, z = 0.02, False, range(8)
+
+        def __init__(self):
+            self.prior = prior
+
+        def run(self, plan):
+            return plan
+
+        def part(self, count):
+            return self
+
+    class Distance:
+        std = 0.5
+
+        def __call__(self, plan):
+            cut = math.log(plan.sigma_trunc)
+            low, high = (1.0, 2.0) if plan.steps == 1 else (2.0, 1.0)
+            return min(low + (cut - math.log(0.45)) ** 2, high + (cut - math.log(4.5)) ** 2)
+
+    plans = _quality(Job(), [1, 2, 3], Distance())
+    assert [plans[n].sigma_trunc for n in (1, 2, 3)] == pytest.approx([0.45, 4.5, 4.5], rel=0.2)
 
 
 def test_it_works_with_the_ideal_denoiser_of_a_data_set(data):
