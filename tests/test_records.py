@@ -40,7 +40,9 @@ def places(value, path=()):
 
 SAMPLE = records.read(records.RESULTS / "quality-digits-ideal.json")
 FIELDS = [p for p in places(SAMPLE) if isinstance(p[-1], str) and not p[-1].isdecimal() and p[0] != "prior"]
-REQUIRED = [p for p in FIELDS if p[-1] not in ("sampler", "sigma_max", "rho", "steps", "sigma_trunc", "sigmas")]
+# what only some rows or some machines have
+OPTIONAL = {"sampler", "sigma_max", "rho", "steps", "sigma_trunc", "sigmas", "name", "changed"}
+REQUIRED = [p for p in FIELDS if p[-1] not in OPTIONAL or p == ("name",)]
 
 
 @given(place=st.sampled_from(FIELDS), change=st.sampled_from(["list", "nan", "extra"]))
