@@ -269,24 +269,29 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
     point = None
     for budget in tqdm(budgets, desc="calibrating quality", disable=not job.progress):
         # Long runs cost more and depend less on where they are cut: half the seeds will do there.
-        some = job if budget <= FEW else job.part(len(job.z) // 2)
-
-        def score(point: Point, budget=budget, some=some) -> float:
-            cut, last = point
-            if not job.prior.starts_at(cut) or last > 0.9 * cut:
-                return math.inf
-            return distance(some.run(make_plan(cut, last, budget, 3.0, 2, 2)))
-
-        surface = Surface(score)
+        surface = Surface(_scorer(job if budget <= FEW else job.part(len(job.z) // 2), distance, budget))
         found = [] if point is None else [surface.lowest(point)]
         if budget <= FEW or not found:  # one evaluation more can move the best cut to quite another valley
-            first = min(_first_points(job.prior, std), key=surface)
-            if not found or surface(first) < surface(found[0]):
+            rough = Surface(_scorer(job.part(max(2, len(job.z) // 3)), distance, budget))
+            first = min(_first_points(job.prior, std), key=rough)
+            if not found or rough(first) < rough(found[0]):
                 found.append(surface.lowest(first))
         point = min(found, key=surface)
         plans[budget] = replace(make_plan(*point, budget, 3.0, 2, 2), error=surface(point))
         point = (point[0], 0.85 * point[1])  # more evaluations can end lower
     return plans
+
+
+def _scorer(job: _Job, distance: FeatureDistance, budget: int) -> Callable[[Point], float]:
+    """(cut, last sigma) -> distance of what that plan draws; infinite where there is no such plan."""
+
+    def score(point: Point) -> float:
+        cut, last = point
+        if not job.prior.starts_at(cut) or last > 0.9 * cut:
+            return math.inf
+        return distance(job.run(make_plan(cut, last, budget, 3.0, 2, 2)))
+
+    return score
 
 
 def _first_points(prior: ImplicitPrior, std: float) -> list[Point]:
