@@ -36,8 +36,7 @@ from benchmarks import metrics, records  # noqa: E402
 from benchmarks.judging import Judge, class_sequence  # noqa: E402
 from benchmarks.recipes.timed import Budget, TimedRun  # noqa: E402
 from benchmarks.rivals import karras_sigmas, noise_for, run_sampler, steps_for, tune  # noqa: E402
-from tdpm_ext.checkpoints import Checkpoint  # noqa: E402
-from tdpm_ext.denoiser import CheckpointModel, class_count  # noqa: E402
+from tdpm_ext.checkpoints import untrained  # noqa: E402
 from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.optional import import_k_diffusion  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
@@ -58,18 +57,9 @@ RATES = {"lr": 5e-4, "disc_lr": 1e-3, "ema": 0.99, "warmup": 100, "batch": 32, "
 CUTS = {"closed": (0.5, 0.7, 1.0, 1.5, 2.2, 3.2), "learned": (0.25, 0.35, 0.5, 0.7)}
 
 
-def network(config: Path, seed: int) -> Checkpoint:
-    """An untrained denoiser; both arms start from the same weights."""
-    K = import_k_diffusion()
-    found = K.config.load_config(config)
-    torch.manual_seed(seed)
-    model = CheckpointModel(K.config.make_denoiser_wrapper(found)(K.config.make_model(found)), found)
-    return Checkpoint(model, found, model.shape, model.sigma_min, model.sigma_max, class_count(found), "untrained")
-
-
 def train_plain(args: argparse.Namespace, pictures) -> dict:
     """Karras et al.'s denoising loss at the config's noise levels; returns steps and seconds."""
-    checkpoint, device = network(args.config, args.seed), torch.device(args.device)
+    checkpoint, device = untrained(args.config, args.seed), torch.device(args.device)
     about = checkpoint.config["model"]
     density, sigma_data = import_k_diffusion().config.make_sample_density(about), float(about["sigma_data"])
     budget = Budget(args.minutes, 1_000_000, checkpoint.config["optimizer"]["lr"])
@@ -96,7 +86,7 @@ def train_tdpm(args: argparse.Namespace, pictures) -> dict:
     from accelerate import Accelerator
 
     kept, clock = args.out / "base.safetensors", time.monotonic if args.device == "cuda" else time.process_time
-    checkpoint = network(args.config, args.seed)
+    checkpoint = untrained(args.config, args.seed)
     began = clock()
     if not kept.exists():
         tdpm.save_prior(tdpm.fit_prior("mixture", pictures, progress=False), kept)

@@ -25,6 +25,7 @@ from tdpm_ext.surface import Point, Surface
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
 OBJECTIVES = ("fidelity", "quality")
+SAMPLES = {"fidelity": 48, "quality": 384}  # seeds
 RHOS = (1.0, 2.0, 3.0, 5.0, 7.0)
 FEW = 4  # evaluations
 RIDGE = 2e-3  # pull of fitted weights towards the usual ones, relative to the estimates' spread
@@ -70,7 +71,7 @@ def calibrate(
         raise ValueError(f"budgets {given}: give one or more numbers of evaluations, each at least {1 + own}")
     if objective == "quality" and data is None:
         raise ValueError("objective 'quality' compares with pictures: give data=; 'fidelity' needs none")
-    samples = (48 if objective == "fidelity" else 384) if samples is None else samples
+    samples = SAMPLES[objective] if samples is None else samples
     if samples < 2:
         raise ValueError(f"samples={samples}: calibration compares runs from several seeds, give 2 or more")
     generator = torch.Generator().manual_seed(seed)
@@ -284,12 +285,16 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
 
 def _scorer(job: _Job, distance: FeatureDistance, budget: int) -> Callable[[Point], float]:
     """(cut, last sigma) -> distance of what that plan draws; infinite where there is no such plan."""
+    known: dict[tuple[float, ...], float] = {}  # by sigmas: with one evaluation the last sigma is the cut
 
     def score(point: Point) -> float:
         cut, last = point
         if not job.prior.starts_at(cut) or last > 0.9 * cut:
             return math.inf
-        return distance(job.run(make_plan(cut, last, budget, 3.0, 2, 2)))
+        plan = make_plan(cut, last, budget, 3.0, 2, 2)
+        if plan.sigmas not in known:
+            known[plan.sigmas] = distance(job.run(plan))
+        return known[plan.sigmas]
 
     return score
 

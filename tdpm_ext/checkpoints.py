@@ -86,6 +86,17 @@ def open_checkpoint(
     return Checkpoint(model, config, model.shape, model.sigma_min, model.sigma_max, model.num_classes, fingerprint)
 
 
+def untrained(config: str | Path, seed: int = 0) -> Checkpoint:
+    """A new network of a k-diffusion config JSON, its weights drawn from ``seed``: training from scratch."""
+    k_diffusion = import_k_diffusion()
+    found = k_diffusion.config.load_config(config)
+    torch.manual_seed(seed)
+    inner = k_diffusion.config.make_denoiser_wrapper(found)(k_diffusion.config.make_model(found))
+    model = CheckpointModel(inner, found)
+    limits = (model.sigma_min, model.sigma_max)
+    return Checkpoint(model, found, model.shape, *limits, model.num_classes, "untrained")
+
+
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (64 hex digits) over names, dtypes, shapes and bytes, in the order of the names.
 

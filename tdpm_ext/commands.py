@@ -54,6 +54,7 @@ def _keep(prior, path: Path) -> None:
 
 def calibrate(args: argparse.Namespace) -> None:
     """``tdpm calibrate``: fill a prior's table of plans for one objective."""
+    from tdpm_ext.calibrate import SAMPLES
     from tdpm_ext.calibrate import calibrate as run
     from tdpm_ext.priors.io import load_prior, save_prior
 
@@ -73,18 +74,20 @@ def calibrate(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         from tdpm_ext.text_job import calibration, latents
 
-        options.setdefault("samples", 48 if args.data is None else 384)
+        options.setdefault("samples", SAMPLES[args.objective])
         model, options["extra_args"] = calibration(args, checkpoint, options["samples"])
         options |= {} if args.data is None else {"data": latents(args, checkpoint)[0]}
     elif args.data is not None:
         options["data"] = read_pictures(args, checkpoint.shape)
     if not prior.ready:
         prior.bind(model, checkpoint.fingerprint)
-    accelerated(args, checkpoint)
+    handle = accelerated(args, checkpoint)
     if args.cond_scale != 1.0:
         options["extra_args"]["cond_scale"] = args.cond_scale
     prior = run(prior, model, tuple(args.budgets), objective=args.objective, **options)
     save_prior(prior, output)
+    for note in handle.notes if handle else ():
+        print(note, file=sys.stderr)
     print("\n".join(plan_lines(args.objective, prior.plans[args.objective])))
     print(f"calibrated for {args.objective}: {output}")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tdpm_ext.pictures import Pictures, load_pictures
+from tdpm_ext.pictures import Pictures, load_pictures, spread_over
 from tdpm_ext.priors.moments import Batches
 
 KEPT = 64  # leading feature axes in which the distance is taken
@@ -68,7 +68,7 @@ class FeatureDistance:
             raise ValueError(f"{len(x)} pictures are too few to calibrate quality by: give at least {2 * KEPT}")
         self.features = RandomFeatures(x.shape[1], seed) if features is None else features
         self.range = float(x.min()), float(x.max())
-        self.std = spread(x)
+        self.std = float(x.double().var(0, correction=0).mean().sqrt())
         vectors = torch.cat([self.features(part).double() for part in x.split(256)])
         self.mean, scale = vectors.mean(0), vectors.std(0).clamp_min(1e-6)
         values, axes = torch.linalg.eigh(torch.cov(((vectors - self.mean) / scale).T))
@@ -102,8 +102,8 @@ def some_pictures(data) -> torch.Tensor:
     if isinstance(data, (str, Path)):
         data = load_pictures(data, limit=MOST)
     data = data.images if isinstance(data, Pictures) else data
-    if isinstance(data, torch.Tensor) and len(data) > MOST:  # sets are often sorted by class
-        data = data[torch.linspace(0, len(data) - 1, MOST).round().long()]
+    if isinstance(data, torch.Tensor) and len(data) > MOST:
+        data = data[spread_over(len(data), MOST)]
     parts, count = [], 0
     for x, _ in Batches(data, progress=False):
         parts.append(x[: MOST - count])
@@ -111,8 +111,3 @@ def some_pictures(data) -> torch.Tensor:
         if count == MOST:
             break
     return torch.cat(parts)
-
-
-def spread(x: torch.Tensor) -> float:
-    """Root mean variance per entry: the std of pictures [N, *shape] in the denoiser's units."""
-    return float(x.double().var(0, correction=0).mean().sqrt())

@@ -63,8 +63,12 @@ class IdealDenoiser(nn.Module):
                 best = best.nan_to_num(neginf=torch.finfo(y.dtype).min)
             old = (top - best).exp_()
             share = logits.sub_(best).exp_()
-            near = share.amax(0) > NEGLIGIBLE  # at small sigma a handful: half of the work is saved
-            total.mul_(old).addmm_(share[:, near], block[near])
+            total.mul_(old)
+            if share.is_cuda:  # to choose points would make the host wait, and no graph could hold it
+                total.addmm_(share, block)
+            else:
+                near = share.amax(0) > NEGLIGIBLE  # at small sigma a handful: two thirds of the time are saved
+                total.addmm_(share[:, near], block[near])
             weight.mul_(old).add_(share.sum(1, keepdim=True))
             top = best
         return (total.div_(weight).add_(self.mean)).reshape(x.shape).to(x.dtype)

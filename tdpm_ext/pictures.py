@@ -79,10 +79,11 @@ def load_pictures(path: str | Path, *, size: int | None = None, limit: int | Non
     names, read = _zip_members(path) if path.is_file() else _folder_members(path)
     if not names:
         raise ValueError(f"no pictures in {path}: looked for {', '.join(SUFFIXES)}")
-    return _decode(path, [names[i] for i in _spread(len(names), limit)], read, size)
+    return _decode(path, [names[i] for i in spread_over(len(names), limit)], read, size)
 
 
-def _spread(count: int, limit: int | None) -> list[int]:
+def spread_over(count: int, limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` of ``count``, evenly over all: folders and sets are often sorted by class."""
     limit = count if limit is None else min(limit, count)
     return [i * count // limit for i in range(limit)]
 
@@ -172,7 +173,7 @@ def _load_idx(path: Path, size: int | None, limit: int | None) -> Pictures:
     labels = next((torch.from_numpy(_read_idx(f, 1).astype(np.int64)) for f in files if f.exists()), None)
     if labels is not None and len(labels) != len(arrays):
         raise ValueError(f"{path} has {len(arrays)} pictures, its label file {len(labels)} labels")
-    index = _spread(len(arrays), limit)
+    index = spread_over(len(arrays), limit)
     if size is None or arrays.shape[1:] == (size, size):
         images = torch.from_numpy(arrays[index])[:, None]
     else:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tdpm_ext.checkpoints import Checkpoint, open_checkpoint
+from tdpm_ext.checkpoints import Checkpoint, open_checkpoint, untrained
 from tdpm_ext.commands import read_pictures
-from tdpm_ext.denoiser import CheckpointModel, class_count
-from tdpm_ext.optional import import_k_diffusion
 from tdpm_ext.priors.learned import NOISES
 from tdpm_ext.text_denoiser import text_args
 from tdpm_ext.text_job import check_captions, encoded, in_turn, latents, open_space, takes_text
@@ -147,11 +145,7 @@ def _opened(args: argparse.Namespace, options: Options) -> Checkpoint:
         return open_checkpoint(args.checkpoint, config=args.config)
     if not options.denoising:
         raise ValueError(f"{args.checkpoint} is a config: from scratch, the denoiser is trained too (--denoising 1)")
-    K = import_k_diffusion()
-    config = K.config.load_config(args.checkpoint)
-    torch.manual_seed(options.seed)
-    model = CheckpointModel(K.config.make_denoiser_wrapper(config)(K.config.make_model(config)), config)
-    return Checkpoint(model, config, model.shape, model.sigma_min, model.sigma_max, class_count(config), "untrained")
+    return untrained(args.checkpoint, options.seed)
 
 
 def _with_text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Checkpoint, dict]:

@@ -52,7 +52,7 @@ def test_the_same_command_again_trains_and_draws_nothing(small, monkeypatch):
 
 def test_both_arms_start_from_the_same_weights():
     args = joint.parse([])
-    one, two = (joint.network(args.config, args.seed).model.state_dict() for _ in range(2))
+    one, two = (joint.untrained(args.config, args.seed).model.state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tdpm_ext.distance import FeatureDistance
+from tdpm_ext.pictures import spread_over
 from tdpm_ext.sampler import sample
 from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.options import Options
 
 SEEDS = 60_000_000  # of the pictures that are watched
 NEIGHBOURS = 5
-ENOUGH = 5000  # pictures that fix what the distance compares with
 FALLING = 0.85  # share of the best coverage below which a warning is due
 LOST = 0.5  # share of the best coverage that, seen twice running, ends a run
 SATURATED = 12.0  # logits between real and fake: what reaches the prior from there on is noise
@@ -71,11 +71,6 @@ class Health:
         )
 
 
-def _spread(images: Tensor, count: int) -> Tensor:
-    """At most ``count`` of them, evenly over all: folders are read class by class."""
-    return images[torch.linspace(0, len(images) - 1, min(len(images), count)).round().long()]
-
-
 class Watch:
     """Draws the same seeds again and again and compares them with pictures.
 
@@ -85,8 +80,8 @@ class Watch:
 
     def __init__(self, options: Options, images: Tensor, count: int, conditions: Classes, device: torch.device):
         self.options, self.count, self.device = options, count, device
-        self.distance = FeatureDistance(_spread(images, ENOUGH))
-        some = _spread(images, count)
+        self.distance = FeatureDistance(images)
+        some = images[spread_over(len(images), count)]
         self.bounded = some.dtype == torch.uint8  # latents are not
         some = some.float() / 127.5 - 1 if self.bounded else some
         self.real = self.distance.project(some)
