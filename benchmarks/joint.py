@@ -2,12 +2,14 @@
 
     python benchmarks/joint.py --json benchmarks/results/joint.json        # both arms, then the verdict
     python benchmarks/joint.py --minutes 60 --out out/joint-60             # longer
+    python benchmarks/joint.py --start assets/fashion-mnist/denoiser.safetensors --out out/joint-start --minutes 10
 
 "plain" learns to denoise at all noise levels. "tdpm" learns to denoise up to sigma_trunc alone and, as the same
 network, to turn the closed-form prior's draw at sigma_init into a clean picture, against a discriminator (`tdpm train
 --denoising 1`). Both see `fit.zip` alone, with the same denoising loss, for the same seconds: on a CPU those of the
 process itself, so that a busy machine makes no difference; fitting the closed form is on tdpm's account. The plain
-network gets the better schedule of rates (a cosine to zero; tdpm's rate is constant).
+network gets the better schedule of rates (a cosine to zero; tdpm's rate is constant). With ``--start`` both go on from
+a trained checkpoint instead of from random weights, at lower rates.
 
 Solvers, sigma_max and cuts are chosen on seeds of their own by the distance to pictures of `fit.zip`; judged are other
 seeds against `eval.zip`. Beside the two stand what tells their parts apart: the plain network behind the closed-form
@@ -54,15 +56,36 @@ SOLVERS = ("dpmpp_2m", "lms", "heun")  # at LONG; all five at SHORT
 LOSSES = {"adversarial": 1.0, "denoising": 1.0, "gamma": 0.1, "critic": "own", "disc_width": 24}
 LEVELS = {"sigma_init": 1.2, "sigma_trunc": 0.7, "sigma_low": 0.2, "sigma_high": 0.8, "noise": "fresh"}
 RATES = {"lr": 5e-4, "disc_lr": 1e-3, "ema": 0.99, "warmup": 100, "batch": 32, "label_dropout": 0.0}
-CUTS = {"closed": (0.5, 0.7, 1.0, 1.5, 2.2, 3.2), "learned": (0.25, 0.35, 0.5, 0.7)}
+# from a trained checkpoint: a lower cut, smaller steps; "plain" is the highest rate of plain training
+LATER = {"sigma_init": 1.0, "sigma_trunc": 0.5, "sigma_low": 0.1, "sigma_high": 0.5, "lr": 1e-4, "ema": 0.995}
+PLAIN_LATER = 3e-4
+CUTS = {
+    "closed": (0.5, 0.7, 1.0, 1.5, 2.2, 3.2),
+    "learned": (0.25, 0.35, 0.5, 0.7),
+    "later": (0.15, 0.25, 0.35, 0.5, 0.7),
+}
+
+
+def beginning(args: argparse.Namespace):
+    """What both arms start from: random weights of the config, or the checkpoint of ``--start``."""
+    if args.start is None:
+        return untrained(args.config, args.seed)
+    checkpoint = tdpm.open_checkpoint(args.start)
+    checkpoint.model.requires_grad_(True)
+    return checkpoint
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """tdpm's levels and rates."""
+    return {**LEVELS, **RATES} if args.start is None else {**LEVELS, **RATES, **LATER}
 
 
 def train_plain(args: argparse.Namespace, pictures) -> dict:
     """Karras et al.'s denoising loss at the config's noise levels; returns steps and seconds."""
-    checkpoint, device = untrained(args.config, args.seed), torch.device(args.device)
+    checkpoint, device = beginning(args), torch.device(args.device)
     about = checkpoint.config["model"]
     density, sigma_data = import_k_diffusion().config.make_sample_density(about), float(about["sigma_data"])
-    budget = Budget(args.minutes, 1_000_000, checkpoint.config["optimizer"]["lr"])
+    budget = Budget(args.minutes, 1_000_000, PLAIN_LATER if args.start else checkpoint.config["optimizer"]["lr"])
     run = TimedRun(checkpoint.model, args.out / "plain", device, budget, seed=args.seed, decay=0.0)
     images, labels = pictures.images.to(device), pictures.labels.to(device)
 
@@ -86,13 +109,13 @@ def train_tdpm(args: argparse.Namespace, pictures) -> dict:
     from accelerate import Accelerator
 
     kept, clock = args.out / "base.safetensors", time.monotonic if args.device == "cuda" else time.process_time
-    checkpoint = untrained(args.config, args.seed)
+    checkpoint = beginning(args)
     began = clock()
     if not kept.exists():
         tdpm.save_prior(tdpm.fit_prior("mixture", pictures, progress=False), kept)
         write_atomically(kept.with_suffix(".seconds"), f"{clock() - began:.1f}".encode())
     fitting = float(kept.with_suffix(".seconds").read_text())
-    options = Options(kind="shared", seed=args.seed, **LOSSES, **LEVELS, **RATES)
+    options = Options(kind="shared", seed=args.seed, **LOSSES, **settings(args))
     accelerator = Accelerator(cpu=args.device == "cpu")
     data = {"images": pictures.images, "labels": pictures.labels, "base": tdpm.load_prior(kept)}
     run = Run(options, checkpoint, args.out / "tdpm", accelerator, **data)
@@ -161,7 +184,8 @@ class Verdict:
 
     def runs(self) -> list[tuple]:
         """(name of the row, arm, budget, how to find its draw)."""
-        learned = [("tdpm", "tdpm", b, partial(self.behind, "tdpm", self.learned, CUTS["learned"], b)) for b in (2, 5)]
+        cuts = CUTS["later" if self.args.start else "learned"]
+        learned = [("tdpm", "tdpm", b, partial(self.behind, "tdpm", self.learned, cuts, b)) for b in (2, 5)]
         return [
             ("plain", "plain", LONG, partial(self.solver, "plain", LONG)),
             ("plain", "plain", SHORT, partial(self.solver, "plain", SHORT)),
@@ -217,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
             "blocks": args.blocks, "per_block": args.samples, "pictures": len(pictures), "minutes": args.minutes,
             "floor": records.estimate(verdict.judge.floor(args.samples)),
             "parameters": sum(p.numel() for p in model.parameters()), "trained": trained,
-            "options": {**LOSSES, **LEVELS, **RATES}, "rows": rows, "environment": records.environment(args.device),
+            "options": {**LOSSES, **settings(args)}, "rows": rows, "environment": records.environment(args.device),
         }  # fmt: skip
         records.write(record, args.json)
     return 0
@@ -227,6 +251,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=5, help="of compute per arm (default 5)")
     p.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "recipes" / "fashion_mnist_small.json")
+    p.add_argument(
+        "--start", type=Path, metavar="CHECKPOINT", help="go on from trained weights (default: from scratch)"
+    )
     p.add_argument("--data", type=Path, default=ASSETS / "fit.zip", help="pictures to train on (default fit.zip)")
     p.add_argument("--batch", type=int, default=64, help="of plain training (default 64)")
     p.add_argument("--seed", type=int, default=0)

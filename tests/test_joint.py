@@ -50,10 +50,13 @@ def test_the_same_command_again_trains_and_draws_nothing(small, monkeypatch):
     assert after["trained"] == before["trained"] and after["rows"] == before["rows"]
 
 
-def test_both_arms_start_from_the_same_weights():
-    args = joint.parse([])
-    one, two = (joint.untrained(args.config, args.seed).model.state_dict() for _ in range(2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+@pytest.mark.parametrize("words", [[], ["--start", str(joint.ASSETS / "denoiser.safetensors")]])
+def test_both_arms_start_from_the_same_weights_which_can_be_trained(words):
+    args = joint.parse(words)
+    one, two = (joint.beginning(args).model for _ in range(2))
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(p.requires_grad for p in one.parameters())
 
 
 def test_a_comparison_of_nothing_is_refused(capsys):
