@@ -13,9 +13,9 @@ import torch
 
 import tdpm_ext as tdpm
 from benchmarks import diffusers_rivals
-from benchmarks.judging import class_sequence
 from benchmarks.rivals import CountCalls, RivalRun, noise_for
 from benchmarks.samplers import SAMPLERS, sigmas_for
+from tdpm_ext.pictures import class_sequence
 
 PERIOD = 10_000  # seeds after which the sequence of classes begins again
 TDPM = "tdpm"

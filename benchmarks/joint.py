@@ -35,13 +35,13 @@ sys.path.append(str(ROOT))
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import metrics, records  # noqa: E402
-from benchmarks.judging import Judge, class_sequence  # noqa: E402
+from benchmarks.judging import Judge  # noqa: E402
 from benchmarks.recipes.timed import Budget, TimedRun  # noqa: E402
 from benchmarks.rivals import karras_sigmas, noise_for, run_sampler, steps_for, tune  # noqa: E402
 from tdpm_ext.checkpoints import untrained  # noqa: E402
 from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.optional import import_k_diffusion  # noqa: E402
-from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
+from tdpm_ext.pictures import class_sequence, load_pictures, to_unit  # noqa: E402
 from tdpm_ext.priors.base import default_plan  # noqa: E402
 from tdpm_ext.training.losses import noised  # noqa: E402
 from tdpm_ext.training.options import Options  # noqa: E402

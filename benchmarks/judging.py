@@ -31,21 +31,6 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(total, count)).round().astype(int)
 
 
-def class_sequence(labels: torch.Tensor | None, classes: int, count: int) -> torch.Tensor:
-    """Classes [count] of samples, in the proportions of ``labels``, every prefix as near to them as can be.
-
-    Equal proportions (or no labels) give 0, 1, .. classes - 1, 0, 1, ..; sample i has the same class at any count.
-    """
-    if labels is None:
-        return torch.arange(count) % classes
-    shares = np.bincount(labels.numpy(), minlength=classes) / len(labels)
-    given, out = np.zeros(classes), np.empty(count, np.int64)
-    for i in range(count):
-        out[i] = np.argmax(shares * (i + 1) - given)  # the class that is owed most, the first of several
-        given[out[i]] += 1
-    return torch.from_numpy(out)
-
-
 @dataclass
 class Judge:
     """``net`` and what it judges with.

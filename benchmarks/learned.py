@@ -28,9 +28,9 @@ sys.path.append(str(ROOT))
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import metrics, records  # noqa: E402
-from benchmarks.judging import Judge, class_sequence  # noqa: E402
+from benchmarks.judging import Judge  # noqa: E402
 from benchmarks.rivals import noise_for, reference_run  # noqa: E402
-from tdpm_ext.pictures import load_pictures  # noqa: E402
+from tdpm_ext.pictures import class_sequence, load_pictures  # noqa: E402
 from tdpm_ext.training.state import write_atomically  # noqa: E402
 
 ASSETS = ROOT / "assets" / "fashion-mnist"

@@ -38,8 +38,9 @@ from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.pictures import load_pictures, to_uint8, to_unit  # noqa: E402
 
 SCHEMA = "tdpm-frontier/1"
-BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20)
+BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 PRIORS = ("mixture", "gaussian", "lowrank")
+FAR = 10  # evaluations beyond which --leaders applies
 TIMED = 16  # pictures per timed call
 COLUMNS = 12  # seeds in the grid of pictures
 
@@ -57,7 +58,17 @@ def search_rivals(bench: Contest) -> tuple[list[dict], Search]:
     path = bench.work / f"search-{bench.judge.name}.jsonl"
     search = Search(bench.drawer, score, seeds, few, more, path, bench.args.batch)
     steps = {SAMPLERS[n].steps_within(b) for n in names for b in bench.args.budgets} - {0}
-    return search.run(names, bench.args.budgets, bench.levels(seeds[:24], steps)), search
+    levels = bench.levels(seeds[:24], steps)
+    near = [b for b in bench.args.budgets if b <= FAR or not bench.args.leaders]
+    rows = search.run(names, near, levels)
+    far = sorted(set(bench.args.budgets) - set(near))
+    return rows + search.run(leading(rows, bench.args.leaders) if near else names, far, levels), search
+
+
+def leading(rows: list[dict], count: int) -> list[str]:
+    """The ``count`` samplers with the lowest distance at the largest budget of ``rows``."""
+    last = max(row["budget"] for row in rows)
+    return [r["sampler"] for r in finalists([r for r in rows if r["budget"] == last], count) if r["target"] == "fd"]
 
 
 def finalists(rows: list[dict], count: int) -> list[dict]:
@@ -214,6 +225,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--blocks", type=int, default=3)
     add("--samplers", nargs="+", choices=sorted(SAMPLERS), help="rivals (default: all)")
     add("--finalists", type=int, default=4, help="rivals judged in full at each budget (default 4; 0: all)")
+    add("--leaders", type=int, default=0, help=f"beyond {FAR} evaluations tune only so many, the best up to there")
     add("--search-samples", type=int, nargs=2, default=(64, 256), metavar=("FEW", "MORE"))
     add("--calibration-samples", type=int, nargs=2, metavar=("FIDELITY", "QUALITY"))
     add("--straw-men", action="store_true", help="also the 250-step DDIM and the 1000-step DDPM: hours")

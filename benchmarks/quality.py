@@ -32,9 +32,9 @@ sys.path.append(str(ROOT))
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import features as judges  # noqa: E402
 from benchmarks import metrics, records, rivals  # noqa: E402
-from benchmarks.judging import class_sequence, spread  # noqa: E402
+from benchmarks.judging import spread  # noqa: E402
 from tdpm_ext.kernels import accelerate  # noqa: E402
-from tdpm_ext.pictures import load_pictures, to_unit  # noqa: E402
+from tdpm_ext.pictures import class_sequence, load_pictures, to_unit  # noqa: E402
 
 BUDGETS = (2, 3, 4, 5, 6, 8)
 SCHEMA = "tdpm-quality-1"

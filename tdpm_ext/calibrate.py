@@ -2,7 +2,8 @@
 
 `fidelity` wants the picture that the untruncated checkpoint gives from the same seed: candidates are tried on a
 stand-in made of reference trajectories, the best on the checkpoint itself. `quality` wants pictures that are
-distributed like the data: short runs are compared with pictures by a Frechet distance in fixed random features.
+distributed like the data: short runs are compared with pictures by a Frechet distance in the checkpoint's own
+activations, or in fixed random features where it shows none.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from tdpm_ext.distance import FeatureDistance
+from tdpm_ext.distance import MOST, FeatureDistance, as_seen_by
+from tdpm_ext.pictures import class_sequence, load_pictures
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
 from tdpm_ext.reference import StandIn, Trajectories, run_batched
@@ -55,8 +58,10 @@ def calibrate(
         budgets: evaluations to plan for, the prior's own included; others are interpolated later.
         objective: ``fidelity`` (no data needed) or ``quality`` (needs ``data``).
         data: pictures in the form `fit_prior` takes.
-        num_classes: sample with ``class_cond`` running through the classes; 0: unconditionally.
-        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions.
+        num_classes: sample with ``class_cond`` running through the classes, for ``quality`` in the proportions of
+            ``data`` where it has labels; 0: unconditionally.
+        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: the model's own activations,
+            or fixed random convolutions where it shows none.
         samples: seeds used (default 48 for fidelity; 384 for quality, half of them beyond 4 evaluations).
 
     Raises:
@@ -78,13 +83,17 @@ def calibrate(
     device = device_of(model)
     z = torch.randn(samples, *prior.shape, generator=generator).to(device)
     extra = dict(extra_args or {})
+    data = load_pictures(data, limit=MOST) if objective == "quality" and isinstance(data, (str, Path)) else data
     if num_classes:
-        extra["class_cond"] = (torch.arange(samples) % num_classes).to(device)
+        labels = getattr(data, "labels", None) if objective == "quality" else None
+        extra["class_cond"] = class_sequence(labels, num_classes, samples).to(device)
     job = _Job(prior, model, z, extra, sigma_min, batch, progress)
     if objective == "fidelity":
         plans = _fidelity(job, budgets)
     else:
-        plans = _quality(job, budgets, FeatureDistance(data, features, seed=seed))
+        first = rows_of(extra_args or {}, slice(1), samples)  # one condition for all: only the pictures shall differ
+        own_eyes = as_seen_by(model, data, first, batch=batch, seed=seed) if features is None else None
+        plans = _quality(job, budgets, own_eyes or FeatureDistance(data, features, seed=seed))
     prior.plans[objective] = {**prior.plans.get(objective, {}), **plans}
     prior.card["calibrated_cond_scale"] = float(extra.get("cond_scale", 1.0))
     return prior
@@ -211,7 +220,7 @@ def _moved(plan: Plan, i: int, factor: float) -> Plan | None:
 def _polish(job: _Job, target: torch.Tensor, value: float, plan: Plan) -> tuple[float, Plan]:
     """Real runs: the whole schedule a little higher or lower, its end, and plainer orders."""
     for trial in (_scaled(plan, 1.15, 0), _scaled(plan, 0.87, 0), _scaled(plan, 1.3, 1), _scaled(plan, 0.77, 1)):
-        if trial and job.prior.starts_at(trial.sigma_trunc) and (new := rmse(job.run(trial), target)) < value:
+        if trial and job.prior.may_cut(trial.sigma_trunc) and (new := rmse(job.run(trial), target)) < value:
             value, plan = new, trial
     return value, plan
 
@@ -289,7 +298,7 @@ def _scorer(job: _Job, distance: FeatureDistance, budget: int) -> Callable[[Poin
 
     def score(point: Point) -> float:
         cut, last = point
-        if not job.prior.starts_at(cut) or last > 0.9 * cut:
+        if not job.prior.may_cut(cut) or last > 0.9 * cut:
             return math.inf
         plan = make_plan(cut, last, budget, 3.0, 2, 2)
         if plan.sigmas not in known:

@@ -1,7 +1,8 @@
 """A distance between sets of pictures for calibration: Frechet, in fixed random features unless better are given.
 
-Random convolutions see edges, textures and their placement; they rank variants of one model well enough to choose a
-schedule by, need no weights, and are not the networks that the benchmarks judge with.
+Random convolutions see edges, textures and their placement, and need no weights. Calibration gives the activations of
+the checkpoint itself where it shows any (activations.py), which rank plans better. Neither is a network that the
+benchmarks judge with.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tdpm_ext.activations import activations_of
 from tdpm_ext.pictures import Pictures, load_pictures, spread_over
 from tdpm_ext.priors.moments import Batches
 
 KEPT = 64  # leading feature axes in which the distance is taken
 FLAT = 1e-5  # of the widest axis's variance: along narrower ones the features do not vary
 MOST = 5000  # pictures that the target is made of
+LOOK = 0.5  # of the pictures' std: the noise level at which a denoiser looks at them
 
 
 class RandomFeatures(nn.Module):
@@ -52,15 +55,23 @@ def frechet(mean_a, cov_a, mean_b, cov_b) -> float:
 class FeatureDistance:
     """``distance(samples) -> float`` against a set of pictures; ``std`` is the pictures' own, per entry.
 
-    The features are taken along their principal axes, each brought to variance 1 over the pictures: left as they are,
-    the few widest axes, brightness and shape, would outweigh all that tells sharp from blurred.
+    The features are taken along their principal axes, each brought to variance 1 over the pictures (``whitened``): left
+    as they are, the few widest axes of random features, brightness and shape, would outweigh all that tells sharp from
+    blurred. Those of a trained network are what it tells pictures apart by, and are better left.
 
     Args:
         data: pictures in any form that fitting takes; at most ``MOST`` are used, evenly from all, or a loader's first.
         features: maps pictures [B, *shape] to vectors [B, F]; default: `RandomFeatures`.
     """
 
-    def __init__(self, data, features: Callable[[torch.Tensor], torch.Tensor] | None = None, *, seed: int = 0):
+    def __init__(
+        self,
+        data,
+        features: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        *,
+        seed: int = 0,
+        whitened: bool = True,
+    ):
         x = some_pictures(data)
         if features is None and x.ndim != 4:
             raise ValueError(f"pictures of shape {tuple(x.shape[1:])}: give features= for data without C, H, W")
@@ -68,13 +79,13 @@ class FeatureDistance:
             raise ValueError(f"{len(x)} pictures are too few to calibrate quality by: give at least {2 * KEPT}")
         self.features = RandomFeatures(x.shape[1], seed) if features is None else features
         self.range = float(x.min()), float(x.max())
-        self.std = float(x.double().var(0, correction=0).mean().sqrt())
+        self.std = spread(x)
         vectors = torch.cat([self.features(part).double() for part in x.split(256)])
         self.mean, scale = vectors.mean(0), vectors.std(0).clamp_min(1e-6)
         values, axes = torch.linalg.eigh(torch.cov(((vectors - self.mean) / scale).T))
         kept = values[-KEPT:] > FLAT * values[-1]
         values, axes = values[-KEPT:][kept], axes[:, -KEPT:][:, kept]
-        self.axes = axes / scale[:, None] / values.sqrt()
+        self.axes = axes / scale[:, None] / (values.sqrt() if whitened else 1.0)
         projected = (vectors - self.mean) @ self.axes
         self.target = (projected.mean(0), torch.cov(projected.T))
 
@@ -97,6 +108,18 @@ class FeatureDistance:
         return frechet(projected.mean(0), torch.cov(projected.T), *self.target)
 
 
+def as_seen_by(model: Callable, data, extra: dict | None = None, *, batch: int = 64, seed: int = 0) -> FeatureDistance:
+    """The distance in the denoiser's own activations, or in random features where it shows none.
+
+    Args:
+        extra: conditions of one picture, [1, ...]; guidance among them is left out: one evaluation a picture will do.
+    """
+    x = some_pictures(data)
+    extra = {k: v for k, v in (extra or {}).items() if k != "cond_scale"}
+    seen = activations_of(model, max(LOOK * spread(x), 1e-3), x.shape[1:], extra, batch=batch, seed=seed)
+    return FeatureDistance(x, seen, seed=seed, whitened=seen is None)
+
+
 def some_pictures(data) -> torch.Tensor:
     """At most ``MOST`` pictures, float [N, *shape]: evenly from all, or the first of a loader."""
     if isinstance(data, (str, Path)):
@@ -111,3 +134,8 @@ def some_pictures(data) -> torch.Tensor:
         if count == MOST:
             break
     return torch.cat(parts)
+
+
+def spread(x: torch.Tensor) -> float:
+    """Root mean variance per entry: the std of pictures [N, *shape] in the denoiser's units."""
+    return float(x.double().var(0, correction=0).mean().sqrt())

@@ -88,6 +88,21 @@ def spread_over(count: int, limit: int | None) -> list[int]:
     return [i * count // limit for i in range(limit)]
 
 
+def class_sequence(labels: torch.Tensor | None, classes: int, count: int) -> torch.Tensor:
+    """Classes [count] of samples, in the proportions of ``labels``, every prefix as near to them as can be.
+
+    Equal proportions (or no labels) give 0, 1, .. classes - 1, 0, 1, ..; sample i has the same class at any count.
+    """
+    if labels is None:
+        return torch.arange(count) % classes
+    shares = np.bincount(labels.numpy(), minlength=classes)[:classes] / len(labels)
+    given, out = np.zeros(classes), np.empty(count, np.int64)
+    for i in range(count):
+        out[i] = np.argmax(shares * (i + 1) - given)  # the class that is owed most, the first of several
+        given[out[i]] += 1
+    return torch.from_numpy(out)
+
+
 def _pillow():
     try:
         from PIL import Image

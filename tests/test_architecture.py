@@ -65,10 +65,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fit": PRIORS,
     "fit_text": PRIORS | {"fit"},
     "reference": PRIORS,
-    "distance": PRIORS,
+    "activations": set(),
+    "distance": PRIORS | {"activations"},
     "surface": set(),
     "calibrate": PRIORS | {"sampler", "reference", "distance", "surface"},
-    "training": SAMPLING | {"checkpoints", "decide", "distance", "grid", "text", "text_denoiser"},
+    "training": SAMPLING | {"checkpoints", "decide", "activations", "distance", "grid", "text", "text_denoiser"},
     "autoencoder": SAMPLING | {"decide"},
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }

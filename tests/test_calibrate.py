@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tdpm_ext.calibrate import _quality, calibrate
-from tdpm_ext.distance import FeatureDistance
+from tdpm_ext.distance import LOOK, FeatureDistance, spread
 from tdpm_ext.fit import fit_prior
 from tdpm_ext.ideal import IdealDenoiser
+from tdpm_ext.pictures import Pictures
 from tdpm_ext.plan import Plan
 from tdpm_ext.priors.base import default_plan
 from tdpm_ext.priors.io import load_prior, save_prior
@@ -155,6 +156,38 @@ def test_quality_leaves_the_valley_of_the_budget_before_when_another_is_lower(pr
 
     plans = _quality(Job(), [1, 2, 3], Distance())
     assert [plans[n].sigma_trunc for n in (1, 2, 3)] == pytest.approx([0.45, 4.5, 4.5], rel=0.2)
+
+
+class Seeing(torch.nn.Module):
+    """The exact denoiser, with a block whose activations can be seen."""
+
+    def __init__(self, exact):
+        super().__init__()
+        self.blocks, self.exact = torch.nn.ModuleList([torch.nn.Conv2d(1, 4, 3)]), exact
+        self.given = []
+
+    def forward(self, x, sigma, **extra):
+        self.blocks[0](x)
+        self.given.append((float(sigma[0]), extra))
+        return self.exact(x, sigma, class_cond=extra.get("class_cond"))
+
+
+def test_quality_looks_at_pictures_through_the_models_own_blocks_without_guidance(prior, model):
+    seeing = Seeing(model)
+    quick(prior, seeing, [2], objective="quality", samples=32, extra_args={"cond_scale": 2.0}, num_classes=3)
+    level = LOOK * spread(pictures(seed=5)[0])
+    looks = [extra for sigma, extra in seeing.given if sigma == pytest.approx(level, rel=1e-5)]
+    runs = [extra for sigma, extra in seeing.given if sigma != pytest.approx(level, rel=1e-5)]
+    assert looks and all(extra == {} for extra in looks)
+    assert runs and all(extra["cond_scale"] == 2.0 for extra in runs)
+
+
+def test_quality_draws_the_classes_in_the_proportions_of_the_pictures(prior, model):
+    images, _ = pictures(200, seed=5)
+    data, before = Pictures(images, torch.tensor([0] * 100 + [2] * 50 + [1] * 50), list("abc")), len(model.calls)
+    quick(prior, model, [1], objective="quality", samples=32, data=data, num_classes=3)
+    drawn = max(model.calls[before:], key=lambda call: call[0])[2]
+    assert torch.bincount(drawn).tolist() == [16, 8, 8]
 
 
 def test_it_works_with_the_ideal_denoiser_of_a_data_set(data):

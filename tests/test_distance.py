@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdpm_ext.distance import KEPT, FeatureDistance, RandomFeatures, frechet
+from tdpm_ext.distance import KEPT, FeatureDistance, RandomFeatures, as_seen_by, frechet
 
 
 def pictures(count=600, shape=(1, 8, 8), seed=0):
@@ -128,6 +128,22 @@ def test_given_features_are_used_for_pictures_without_channels():
     assert distance(x + 0.5) > 1.0
     with pytest.raises(ValueError, match=r"\(6,\): give features="):
         FeatureDistance(x)
+
+
+def test_axes_weigh_as_much_as_they_vary_unless_they_are_whitened():
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[1.0, 1.0], [-0.2, 0.2]])
+
+    def moved(whitened: bool, way: float) -> float:
+        distance = FeatureDistance(x, features=lambda x: x, whitened=whitened)
+        return distance(x + torch.tensor([1.0, way]))
+
+    assert moved(True, -1.0) > 10 * moved(True, 1.0)  # along the narrow axis, and along the wide one
+    assert moved(False, -1.0) == pytest.approx(moved(False, 1.0), rel=0.1)
+
+
+def test_a_denoiser_without_blocks_sees_through_random_features():
+    x, probe = pictures(), pictures(200, seed=3)
+    assert as_seen_by(lambda x, sigma: x, x)(probe) == pytest.approx(FeatureDistance(x)(probe))
 
 
 def test_features_that_never_vary_do_no_harm():

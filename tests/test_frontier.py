@@ -153,6 +153,17 @@ def test_a_small_run_gives_a_valid_record_with_all_arms(small):
         assert row["second"]["ours_fd"] == row["ours_fd"] and row["second"]["outcome"] == row["outcome"]
 
 
+def test_beyond_far_only_the_samplers_that_lead_before_are_tuned(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(pareto, "FAR", 3)
+    words = small[1]
+    assert pareto.main([*words[:-1], str(tmp_path / "frontier.json"), "--leaders", "1"]) == 0
+    searched = {b: set() for b in (3, 4)}
+    for row in (rows := records.read(tmp_path / "frontier.json")["search"]["best"]):
+        searched[row["budget"]].add(row["sampler"])
+    first = min((r for r in rows if r["budget"] == 3 and r["target"] == "fd"), key=lambda r: r["scores"]["fd"])
+    assert len(searched[3]) == 2 and searched[4] == {first["sampler"]}
+
+
 def test_a_second_run_draws_nothing_again_and_figures_come_from_the_record_alone(small, monkeypatch):
     out, words = small
     first = records.read(out / "frontier.json")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import features, judging, metrics
-from tdpm_ext.pictures import Pictures, load_pictures, to_unit
+from tdpm_ext.pictures import Pictures, class_sequence, load_pictures, to_unit
 
 
 class CountingNet(torch.nn.Module):
@@ -64,19 +64,19 @@ def test_floats_are_refused_because_the_key_is_of_the_stored_bytes(tmp_path):
 def test_equal_classes_come_in_turn(classes, count):
     labels = torch.arange(classes * 4) % classes
     expected = torch.arange(count) % classes
-    assert torch.equal(judging.class_sequence(labels, classes, count), expected)
-    assert torch.equal(judging.class_sequence(None, classes, count), expected)
+    assert torch.equal(class_sequence(labels, classes, count), expected)
+    assert torch.equal(class_sequence(None, classes, count), expected)
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=6).filter(any), st.integers(1, 200))
 def test_every_prefix_keeps_the_proportions(sizes, count):
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    drawn = judging.class_sequence(labels, len(sizes), count)
+    drawn = class_sequence(labels, len(sizes), count)
     shares = np.array(sizes) / sum(sizes)
     got = np.bincount(drawn.numpy(), minlength=len(sizes))
     assert np.abs(got - shares * count).max() <= len(sizes)
     assert (got[shares == 0] == 0).all()
-    assert torch.equal(drawn[: count // 2], judging.class_sequence(labels, len(sizes), count // 2))
+    assert torch.equal(drawn[: count // 2], class_sequence(labels, len(sizes), count // 2))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdpm_ext.activations import outer_blocks
 from tdpm_ext.priors.networks import Conditioning
 from tdpm_ext.priors.shared import own_copy
 from tdpm_ext.training.conditions import Classes
@@ -142,13 +143,6 @@ class _Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.2)), 0.2).mean((2, 3))
-
-
-def outer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost ``ModuleList``s: what networks call their blocks or levels."""
-    if isinstance(model, nn.ModuleList):
-        return list(model)
-    return [block for child in model.children() for block in outer_blocks(child)]
 
 
 def _pyramid(shape: tuple[int, ...], width: int, depth: int) -> tuple[nn.ModuleList, int]:
