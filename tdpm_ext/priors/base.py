@@ -87,6 +87,10 @@ class ImplicitPrior:
         """Whether a draw at ``sigma`` can be had."""
         return 0 < sigma < math.inf
 
+    def may_cut(self, sigma: float) -> bool:
+        """Whether calibration may cut there: where a draw can be had, and where fitting or training has looked."""
+        return self.starts_at(sigma)
+
     def check(self, x: torch.Tensor) -> None:
         """Raise ``ValueError`` when x does not hold pictures of this prior's shape."""
         if tuple(x.shape[1:]) != self.shape:

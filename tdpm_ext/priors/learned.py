@@ -161,8 +161,17 @@ class LearnedPrior(ImplicitPrior):
         return 0 < sigma <= self.sigma_init * (1 + CLOSE)
 
     def cuts(self, std: float) -> list[float]:
-        """Noise levels worth trying as ``sigma_trunc``, rising."""
-        return [self.sigma_init * share for share in (0.06, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75)]
+        """Noise levels worth trying as ``sigma_trunc``, rising; the one that was trained among them."""
+        tried = [self.sigma_init * share for share in (0.06, 0.1, 0.15, 0.22, 0.33, 0.5, 0.75)]
+        return sorted(sigma for sigma in {*tried, self.sigma_trunc} if self.may_cut(sigma))
+
+    def may_cut(self, sigma: float) -> bool:
+        """Not below the least noise under which an adversarial loss has compared pictures: what was left in them there
+        no loss has seen, and a calibration's own noise decides."""
+        training = self.card.get("training")
+        lowest = training.get("sigma_low") if isinstance(training, dict) and training.get("adversarial") else None
+        lowest = min(lowest, self.sigma_trunc) if self.noise == "fresh" and isinstance(lowest, (int, float)) else 0.0
+        return self.starts_at(sigma) and sigma >= lowest * (1 - CLOSE)
 
     def _level(self, sigma: float) -> float:
         if not self.ready:
