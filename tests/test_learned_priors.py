@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdpm_ext as tdpm
+from tdpm_ext.pictures import Pictures
 from tdpm_ext.plan import Plan
 from tdpm_ext.priors import GeneratorPrior, RawPrior, SharedPrior, SourcePrior
 from tdpm_ext.priors.base import HISTORY_RATIO
@@ -23,7 +24,7 @@ from tdpm_ext.priors.io import KEY, PriorFileError
 from tdpm_ext.priors.learned import shuffled
 from tdpm_ext.priors.networks import Generator
 from tdpm_ext.solver import solve
-from tests.tiny_denoiser import CLASSES, SHAPE, tiny_base, tiny_checkpoint
+from tests.tiny_denoiser import CLASSES, SHAPE, tiny_base, tiny_checkpoint, tiny_pictures
 
 KINDS = ("generator", "shared", "lora", "joint", "source", "raw-generator", "raw-shared")
 CHECKPOINT, BASE = tiny_checkpoint(), tiny_base()
@@ -243,6 +244,20 @@ def test_calibration_counts_the_priors_call_and_stays_in_reach():
         assert out.isfinite().all()
         with pytest.raises(ValueError, match="each at least 2"):
             tdpm.calibrate(prior, CHECKPOINT.model, (1,), **settings)
+
+
+def test_calibration_cuts_where_training_has_looked():
+    prior, (images, classes) = make("shared"), tiny_pictures()
+    data = Pictures(images, classes, [str(k) for k in range(CLASSES)])
+    assert prior.sigma_trunc in prior.cuts(0.5) and min(prior.cuts(0.5)) < 0.1  # no card, no word of training
+    prior.card["training"] = {"adversarial": 1.0, "sigma_low": 0.25, "sigma_high": 0.5}
+    assert min(prior.cuts(0.5)) >= 0.25 and prior.sigma_trunc in prior.cuts(0.5)
+    tdpm.calibrate(
+        prior, CHECKPOINT.model, (2, 3), objective="quality", data=data, samples=24, num_classes=CLASSES, progress=False
+    )
+    assert all(plan.sigma_trunc >= 0.25 for plan in prior.plans["quality"].values())
+    prior.card["training"] = "nonsense of an untrusted file"
+    assert min(prior.cuts(0.5)) < 0.1
 
 
 def test_the_shipped_size_of_generator_costs_less_than_half_of_the_denoiser():
