@@ -193,6 +193,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     from tdpm_ext.training_job import add_options
 
     add_options(parser, positive, positive_float)
+    _accelerate_option(parser)
 
 
 def _program_options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from tdpm_ext.commands import read_pictures
 from tdpm_ext.priors.learned import NOISES
 from tdpm_ext.text_denoiser import text_args
 from tdpm_ext.text_job import check_captions, encoded, in_turn, latents, open_space, takes_text
+from tdpm_ext.training.conditions import Classes
 from tdpm_ext.training.losses import LOSSES
 from tdpm_ext.training.options import CRITICS, KINDS, Options
+from tdpm_ext.training.teacher import trajectories
 
+CLOCKS = {"wall": time.monotonic, "process": time.process_time}
 HELP = {
     "kind": f"of prior: {', '.join(KINDS)}; raw ones emit x at sigma_trunc itself",
     "rank": "of a LoRA of the denoiser, for shared kinds; 0: all weights",
@@ -82,6 +86,10 @@ def add_options(parser: argparse.ArgumentParser, positive, positive_float) -> No
         parser.add_argument(flag, type=kind, default=default, help=f"{HELP[field.name]} (default {shown})")
     parser.add_argument("--steps", type=positive, default=10**9, help="stop and save at this step")
     parser.add_argument("--minutes", type=positive_float, default=float("inf"), help="stop and save after so long")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall",
+        help="of --minutes; process: this process's own time on CPUs, for comparisons on a busy machine (default wall)",
+    )  # fmt: skip
     parser.add_argument("--save-minutes", type=positive_float, default=3.0, help="between two saves (default 3)")
     parser.add_argument(
         "--check-every", type=int, default=200, help="steps between two looks at pictures (default 200)"
@@ -119,9 +127,10 @@ def run(args: argparse.Namespace) -> int:
         pictures = None if args.data is None else read_pictures(args, tuple(checkpoint.shape))
         parts = {} if pictures is None else {"images": pictures.images, "labels": pictures.labels}
     with accelerator.main_process_first():
-        base = _base(args, options, checkpoint, pictures, parts.get("captions"))
-    parts |= {"teacher": args.teacher_folder, "base": base, "start": args.start}
-    limits = Limits(args.steps, args.minutes, args.save_minutes, check_every=args.check_every)
+        base = _base(args, options, checkpoint, pictures, parts.get("captions"), accelerator.device)
+    parts |= {"teacher": args.teacher_folder, "base": base, "start": args.start, "accelerate": args.accelerate}
+    clock = CLOCKS[args.clock]
+    limits = Limits(args.steps, args.minutes, args.save_minutes, check_every=args.check_every, clock=clock)
     try:
         training = Run(options, checkpoint, args.out, accelerator, check_samples=args.check_samples, **parts)
         path = training.train(limits)
@@ -165,7 +174,7 @@ def _with_text(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Checkp
     return replace(checkpoint, model=model), {"images": found, "captions": captions, "show": space.decode}
 
 
-def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pictures, captions=None):
+def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pictures, captions, device):
     """The closed-form prior to start from: a file, the one that an earlier call fitted here, or a new fit."""
     from tdpm_ext.fit import fit_prior
     from tdpm_ext.priors.io import load_prior, save_prior
@@ -181,6 +190,11 @@ def _base(args: argparse.Namespace, options: Options, checkpoint: Checkpoint, pi
         base = _text_base(args.base, options, checkpoint, pictures, captions, settings)
     elif pictures is not None:
         base = fit_prior(args.base, pictures, **settings)
+    elif options.teacher:  # drawn anyway, and many finished runs say more of the checkpoint than a few short ones
+        folder, conditions = args.teacher_folder or args.out / "teacher", Classes(checkpoint.num_classes)
+        teacher = trajectories(options, checkpoint, folder, conditions, device, accelerate=args.accelerate)
+        base = fit_prior(args.base, teacher.final, labels=teacher.labels, **settings)
+        base.card |= {"source": "denoiser", "checkpoint": checkpoint.fingerprint, "cond_scale": options.cond_scale}
     else:
         about = {"denoiser": checkpoint.model, "shape": checkpoint.shape, "num_classes": checkpoint.num_classes}
         base = fit_prior(args.base, **about, cond_scale=options.cond_scale, **settings)

@@ -69,7 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distance": PRIORS | {"activations"},
     "surface": set(),
     "calibrate": PRIORS | {"sampler", "reference", "distance", "surface"},
-    "training": SAMPLING | {"checkpoints", "decide", "activations", "distance", "grid", "text", "text_denoiser"},
+    "training": SAMPLING
+    | {"checkpoints", "decide", "activations", "distance", "grid", "kernels", "text", "text_denoiser"},
     "autoencoder": SAMPLING | {"decide"},
     "hosts": SAMPLING | {"calibrate", "decide", "inner_solver", "reference", "route", "kernels", "optional"},
 }

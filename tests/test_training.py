@@ -332,6 +332,20 @@ def test_trajectories_are_drawn_once_and_belong_to_their_settings(tmp_path):
         draw_teacher(None, tmp_path, count=9, **{**settings, "cond_scale": 2.0})
 
 
+def test_trajectories_are_the_same_from_an_accelerated_network_which_is_handed_back_as_it_was(tmp_path):
+    checkpoint, device = tiny_checkpoint(), torch.device("cpu")
+    settings = {"shape": SHAPE, "sigma_trunc": 0.3, "sigma_max": 20.0, "sigma_min": 0.02, "steps": 6, "device": device}
+    settings |= {"conditions": Classes(CLASSES), "cond_scale": 1.0, "checkpoint": "tiny-0", "progress": False}
+    plain = draw_teacher(checkpoint.model, tmp_path / "plain", count=9, **settings)
+    patched = {name: dict(vars(module)) for name, module in checkpoint.model.named_modules()}
+    fast = draw_teacher(checkpoint.model, tmp_path / "fast", count=9, **settings, accelerate="exact")
+    for name in ("state", "denoised", "final"):
+        torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=1e-3, atol=1e-3)
+    assert all(vars(module).keys() == patched[name].keys() for name, module in checkpoint.model.named_modules())
+    with pytest.raises(ValueError, match="precision='quick'"):  # it reaches what accelerates, and is asked there
+        draw_teacher(checkpoint.model, tmp_path / "none", count=9, **settings, accelerate="quick")
+
+
 def test_regression_comes_nearer_to_the_checkpoints_own_pictures(tmp_path):
     options = replace(SMALL, adversarial=0.0, regression=1.0, teacher=64, teacher_steps=12, lr=2e-3, ema=0.9)
     training = run(tmp_path, options)
@@ -401,6 +415,18 @@ def test_the_command_trains_resumes_and_its_prior_samples(tmp_path, capsys):
     assert "2 evaluations" in capsys.readouterr().out
     assert main(["train", str(tmp_path / "denoiser.safetensors"), "--out", str(tmp_path / "x"), "--lr", "-1"]) == 1
     assert "lr is -1.0" in capsys.readouterr().err
+
+
+def test_without_pictures_the_trajectories_fit_the_base_too(tmp_path, capsys):
+    write_inputs(tmp_path)
+    words = ["train", tmp_path / "denoiser.safetensors", "--out", tmp_path / "run", "--batch", 8, "--device", "cpu"]
+    words += ["--adversarial", 0, "--regression", 1, "--teacher", 128, "--teacher-steps", 4, "--noise", "kept"]
+    words += ["--sigma-trunc", 0.3, "--check-every", 0, "--check-samples", 64, "--steps", 1, "--base", "gaussian"]
+    assert main([str(word) for word in [*words, "--clock", "process"]]) == 0
+    drawn = load_file(tmp_path / "run" / "teacher" / "part-0000.safetensors")["final"]
+    base = tdpm.load_prior(tmp_path / "run" / "base.safetensors")
+    assert base.card["source"] == "denoiser" and base.card["pictures"] == 128
+    assert base.card["data_mean"] == pytest.approx(float(drawn.mean()), abs=1e-4)
 
 
 def test_the_command_trains_from_scratch_jointly_alone(tmp_path, capsys):

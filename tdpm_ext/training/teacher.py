@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ from tdpm_ext.decide import seeded_noise
 from tdpm_ext.schedule import karras
 from tdpm_ext.solver import solve
 from tdpm_ext.training.conditions import Classes
+from tdpm_ext.training.options import Options
 from tdpm_ext.training.state import write_atomically
 
 FIRST_SEED = 70_000_000  # away from the seeds that people and benchmarks use
 ROWS = 512  # trajectories in one part
+SIGMA_MIN = 0.02  # where they end before the last step to 0
 
 
 class Teacher:
@@ -41,6 +44,20 @@ class Teacher:
     def aim(self, what: str) -> None:
         """Let ``target`` be "state", "denoised" or "final"."""
         self.target = {"state": self.state, "denoised": self.denoised, "final": self.final}[what]
+
+
+def trajectories(
+    options: Options, checkpoint, folder: Path, conditions: Classes, device: torch.device, *, progress: bool = True,
+    accelerate: str = "off",
+) -> Teacher | None:  # fmt: skip
+    """Those that a run with these options needs of its checkpoint, drawn or read (see `draw_teacher`); None: none."""
+    if not options.teacher:
+        return None
+    settings = {"shape": checkpoint.shape, "sigma_trunc": options.sigma_trunc, "steps": options.teacher_steps}
+    settings |= {"sigma_max": checkpoint.sigma_max, "sigma_min": SIGMA_MIN, "cond_scale": options.cond_scale}
+    settings |= {"count": options.teacher, "checkpoint": checkpoint.fingerprint, "conditions": conditions}
+    model = checkpoint.model.to(device)
+    return draw_teacher(model, folder, device=device, progress=progress, accelerate=accelerate, **settings)
 
 
 def levels_through(sigma_max: float, sigma_trunc: float, sigma_min: float, steps: int) -> list[float]:
@@ -66,8 +83,12 @@ def draw_teacher(
     checkpoint: str | None,
     device: torch.device,
     progress: bool = True,
+    accelerate: str = "off",
 ) -> Teacher:
     """Draw what is missing in ``folder`` and return all ``count`` trajectories, on ``device``.
+
+    Args:
+        accelerate: precision of `tdpm_ext.kernels.accelerate` while the denoiser draws, or "off".
 
     Raises:
         ValueError: the folder holds trajectories of another checkpoint or with other settings.
@@ -78,18 +99,28 @@ def draw_teacher(
     folder.mkdir(parents=True, exist_ok=True)
     levels = levels_through(sigma_max, sigma_trunc, sigma_min, steps)
     parts = []
-    for first in tqdm(range(0, count, ROWS), desc="trajectories", disable=not progress or count <= ROWS):
-        path = folder / f"part-{first // ROWS:04d}.safetensors"
-        rows = min(ROWS, count - first)
-        part = _read(path, name, rows)
-        if part is None:
-            part = _draw(model, first, rows, shape, levels, sigma_trunc, conditions, cond_scale, device)
-            _write(path, part, {"settings": name, **{key: json.dumps(value) for key, value in facts.items()}})
-        parts.append(part)
+    with _accelerated(model, accelerate):
+        for first in tqdm(range(0, count, ROWS), desc="trajectories", disable=not progress or count <= ROWS):
+            path = folder / f"part-{first // ROWS:04d}.safetensors"
+            rows = min(ROWS, count - first)
+            part = _read(path, name, rows)
+            if part is None:
+                part = _draw(model, first, rows, shape, levels, sigma_trunc, conditions, cond_scale, device)
+                _write(path, part, {"settings": name, **{key: json.dumps(value) for key, value in facts.items()}})
+            parts.append(part)
     joined = {key: torch.cat([part[key][: count - k * ROWS] for k, part in enumerate(parts)]) for key in parts[0]}
     z = seeded_noise(shape, range(FIRST_SEED, FIRST_SEED + count)).to(device)
     labels = conditions.numbers(0, count, device)
     return Teacher(z, labels, *(joined[key].to(device) for key in ("state", "denoised", "final")))
+
+
+def _accelerated(model, precision: str):
+    """A context in which the denoiser is faster; training, which needs its gradients, finds it as it was."""
+    if precision == "off":
+        return nullcontext()
+    from tdpm_ext.kernels import accelerate
+
+    return accelerate(model, precision=precision)
 
 
 @torch.no_grad()

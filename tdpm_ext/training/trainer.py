@@ -27,7 +27,7 @@ from tdpm_ext.training.product import finished, new_prior, save_denoiser
 from tdpm_ext.training.show import MOST, plot_log, save_grid
 from tdpm_ext.training.state import load_state, save_state, write_atomically
 from tdpm_ext.training.step import STATS, Step, mean_gradients, scores_apart
-from tdpm_ext.training.teacher import Teacher, draw_teacher
+from tdpm_ext.training.teacher import Teacher, trajectories
 from tdpm_ext.training.watch import Health, Watch
 
 log = logging.getLogger("tdpm_ext")
@@ -70,6 +70,7 @@ class Run:
         start: folder of a run to go on from with other options (rates, weights of losses): its weights, discriminator,
             optimizers and step. Without effect once the run in ``out`` has a state of its own.
         show: makes pictures of latents, for the grids.
+        accelerate: precision of `tdpm_ext.kernels.accelerate` while trajectories are drawn, or "off".
 
     Raises:
         ValueError: options that do not fit each other, the checkpoint, or the run that stands in ``out``.
@@ -79,6 +80,7 @@ class Run:
         self, options: Options, checkpoint, out: Path, accelerator, *, images: Tensor | None = None,
         labels: Tensor | None = None, captions: Text | None = None, base=None, teacher: Path | None = None,
         check_samples: int = 512, start: Path | None = None, show: Callable[[Tensor], Tensor] | None = None,
+        accelerate: str = "off",
     ):  # fmt: skip
         self.options, self.checkpoint, self.out, self.accelerator = options, checkpoint, out, accelerator
         self.device, processes = accelerator.device, accelerator.num_processes
@@ -92,7 +94,7 @@ class Run:
         self.show = show or (lambda pictures: pictures)
         self.conditions, labels = self._conditions(images, labels, captions)
         self.prior = new_prior(options, checkpoint, base, self.conditions)
-        self.teacher = self._trajectories(teacher or out / "teacher")
+        self.teacher = self._trajectories(teacher or out / "teacher", accelerate)
         self.pictures = 0 if images is None else len(images)
         data = (images, labels, self.teacher, self.conditions)
         self.data = Data(options, self.prior, self.device, *data)
@@ -141,17 +143,14 @@ class Run:
         if differing := self.options.differs_from(path):
             raise ValueError(f"{path.parent} holds a run with other options ({'; '.join(differing[:4])}): name another")
 
-    def _trajectories(self, folder: Path) -> Teacher | None:
-        o, c = self.options, self.checkpoint
-        if not o.teacher:
-            return None
-        settings = {"shape": c.shape, "sigma_trunc": o.sigma_trunc, "sigma_max": c.sigma_max, "sigma_min": 0.02}
-        settings |= {"steps": o.teacher_steps, "conditions": self.conditions, "cond_scale": o.cond_scale}
-        settings |= {"count": o.teacher, "checkpoint": c.fingerprint, "device": self.device}
+    def _trajectories(self, folder: Path, accelerate: str) -> Teacher | None:
+        o, main = self.options, self.accelerator.is_main_process
         with self.accelerator.main_process_first():
-            teacher = draw_teacher(c.model, folder, progress=self.accelerator.is_main_process, **settings)
-        whole = "final" if o.finish else "state"
-        teacher.aim("denoised" if o.noise == "fresh" and not o.finish and not o.kind.startswith("raw") else whole)
+            about = (o, self.checkpoint, folder, self.conditions, self.device)
+            teacher = trajectories(*about, progress=main, accelerate=accelerate)
+        if teacher is not None:
+            whole = "final" if o.finish else "state"
+            teacher.aim("denoised" if o.noise == "fresh" and not o.finish and not o.kind.startswith("raw") else whole)
         return teacher
 
     def _opponent(self):
