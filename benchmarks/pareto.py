@@ -61,8 +61,9 @@ def search_rivals(bench: Contest) -> tuple[list[dict], Search]:
     levels = bench.levels(seeds[:24], steps)
     near = [b for b in bench.args.budgets if b <= FAR or not bench.args.leaders]
     rows = search.run(names, near, levels)
-    far = sorted(set(bench.args.budgets) - set(near))
-    return rows + search.run(leading(rows, bench.args.leaders) if near else names, far, levels), search
+    if far := sorted(set(bench.args.budgets) - set(near)):
+        rows += search.run(leading(rows, bench.args.leaders) if near else names, far, levels)
+    return rows, search
 
 
 def leading(rows: list[dict], count: int) -> list[str]:
