@@ -6,11 +6,12 @@
 Needs out/tldm (``recipes/build_tldm.py``, ``recipes/embed_captions.py``) and the auto-encoder. Priors are fitted from
 the denoiser under training captions and the guidance that is used, and calibrated for it; ``--prior FILE`` takes a
 finished one, closed or learned. Rivals are tuned for every count by the two scores that calibration looks at: rmse to
-the long run, and a distance in fixed random features of latents. ``ddim`` is 250 steps of Euler's method, which is
-DDIM without noise: the paper's baseline, not a rival. Everything is judged on held-out captions: FD-EffLite0-mid112
-with its floor, coverage and recall, alignment with its chance, rmse of pictures to the model's own 60-evaluation run
-from the same seeds. ``nfe`` counts evaluations; with guidance each is two passes through the network. Finished arms
-are kept in the work folder: the same command goes on from there, and one with more --samples adds what is missing.
+the long run, and a distance of latents in the denoiser's own activations (with the ideal one: in random features).
+``ddim`` is 250 steps of Euler's method, which is DDIM without noise: the paper's baseline, not a rival. Everything is
+judged on held-out captions: FD-EffLite0-mid112 with its floor, coverage and recall, alignment with its chance, rmse of
+pictures to the model's own 60-evaluation run from the same seeds. ``nfe`` counts evaluations; with guidance each is two
+passes through the network. Finished arms are kept in the work folder: the same command goes on from there, and one with
+more --samples adds what is missing.
 """
 
 from __future__ import annotations
@@ -189,9 +190,9 @@ def grid(bench: Bench, result: dict, path: Path) -> None:
 PROMPTS = (
     "red apple, flat style", "red heart, simple style", "blue heart, flat style", "cat face, shaded style",
     "dog face, flat style", "sun, simple style", "evergreen tree, shaded style", "automobile, flat style",
-    "taxi, simple style", "banana, flat style", "crescent moon, simple style", "house, shaded style",
+    "watermelon, shaded style", "lemon, flat style", "full moon, flat style", "house, shaded style",
     "grinning face with smiling eyes, simple style", "green circle, flat style", "fish, simple style",
-    "t-shirt, outline style",
+    "jeans, flat style",
 )  # fmt: skip
 
 
