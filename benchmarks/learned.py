@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -30,8 +31,11 @@ import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import metrics, records  # noqa: E402
 from benchmarks.judging import Judge  # noqa: E402
 from benchmarks.rivals import noise_for, reference_run  # noqa: E402
+from benchmarks.timing import Clock, interleave  # noqa: E402
+from tdpm_ext.kernels import accelerate  # noqa: E402
 from tdpm_ext.pictures import class_sequence, load_pictures  # noqa: E402
 from tdpm_ext.training.state import write_atomically  # noqa: E402
+from tdpm_ext.training_job import CLOCKS  # noqa: E402
 
 ASSETS = ROOT / "assets" / "fashion-mnist"
 BLOCKS, FIRST_SEED = 3, 1_000_000
@@ -39,23 +43,32 @@ BUDGETS = (2, 3)
 QUALITY = ROOT / "benchmarks" / "results" / "quality-fashion-mnist-checkpoint.json"
 # the paper's form: a clean picture and fresh noise, compared where the chain is cut
 FRESH = "--sigma-init 1 --sigma-trunc 0.2 --noise fresh --sigma-low 0.1 --sigma-high 0.5 --label-dropout 0"
-# a step of the checkpoint's own path, from where the closed form is all but exact
-PATH = (
-    "--sigma-init 4.5 --sigma-trunc 0.85 --noise kept --adversarial 0 --regression 1 --teacher 1536 --teacher-steps 24"
-)
+BRIEF = f"{FRESH} --lr 1e-4"
+# a step of the checkpoint's own path, learned from its trajectories alone; they also fit the closed form it starts from
+PATH = "--sigma-init 4.5 --sigma-trunc 1 --noise kept --adversarial 0 --regression 1 --teacher-steps 20"
 SLOWER = "--lr 3e-5 --disc-lr 5e-4 --ema 0.995"  # a second phase: smaller steps, a longer mean
+SOON = "--warmup 20"  # for runs of minutes
 ARMS = {  # name -> flags of one phase, or of several that follow on each other
-    "regression": f"--kind shared {PATH} --lr 3e-4 --steps 450",
-    "regression-lora": f"--kind shared --rank 3 {PATH} --lr 1e-3 --steps 450",
-    "regression-generator": f"--kind generator {PATH} --lr 1e-3 --steps 2000",
-    "shared": (f"--kind shared {FRESH} --lr 1e-4 --steps 772", f"--kind shared {FRESH} {SLOWER} --steps 1900"),
+    "regression": (
+        f"--kind shared {PATH} --teacher 7168 --lr 3e-4 --steps 401",
+        f"--kind shared {PATH} --teacher 7168 --lr 1e-4 --ema 0.99 --steps 850",
+        f"--kind shared {PATH} --teacher 10240 --lr 1e-4 --ema 0.99 --steps 1100",
+        f"--kind shared {PATH} --teacher 10240 --lr 3e-5 --ema 0.995 --steps 1350",
+    ),
+    "regression-lora": f"--kind shared --rank 3 {PATH} --teacher 7168 --lr 1e-3 --steps 450",
+    "regression-generator": f"--kind generator {PATH} --teacher 7168 --lr 1e-3 --steps 2000",
+    "half-hour": f"--kind shared {BRIEF} --steps 772",  # the first phase of "shared" alone
+    "shared": (f"--kind shared {BRIEF} --steps 772", f"--kind shared {FRESH} {SLOWER} --steps 1900"),
     "lora": f"--kind shared --rank 3 {FRESH} --lr 1e-3",
-    "generator": f"--kind generator {FRESH} --lr 4e-4",
-    "non-saturating": f"--kind shared {FRESH} --loss non_saturating",
-    "transport": f"--kind shared {FRESH} --loss transport",
-    "own-critic": f"--kind shared {FRESH} --critic own",
-    "raw-shared": f"--kind raw-shared {FRESH}",
-    "raw-generator": f"--kind raw-generator {FRESH} --lr 4e-4",
+    # one phase each, to be compared at equal --minutes
+    "relativistic": f"--kind shared {BRIEF} {SOON}",
+    "generator": f"--kind generator {FRESH} {SOON} --lr 4e-4",
+    "non-saturating": f"--kind shared {BRIEF} {SOON} --loss non_saturating",
+    "transport": f"--kind shared {BRIEF} {SOON} --loss transport",
+    "hybrid": f"--kind shared {BRIEF} {SOON} --regression 10 --teacher 512 --teacher-steps 20",
+    "own-critic": f"--kind shared {BRIEF} {SOON} --critic own",
+    "raw-shared": f"--kind raw-shared {BRIEF} {SOON}",
+    "raw-generator": f"--kind raw-generator {FRESH} {SOON} --lr 4e-4",
 }
 
 
@@ -63,10 +76,14 @@ def train_commands(name: str, args: argparse.Namespace) -> list[list[str]]:
     """The words after ``tdpm`` for each phase of an arm; flags given twice count as given last."""
     phases, commands = ARMS[name], []
     for k, flags in enumerate([phases] if isinstance(phases, str) else phases):
-        words = ["train", str(ASSETS / "denoiser.safetensors"), "--data", str(args.data)]
-        words += ["--base", str(ASSETS / "prior.safetensors"), "--disc-lr", "1e-3", "--ema", "0.98", *flags.split()]
-        words += ["--batch", str(args.batch), "--minutes", str(args.minutes), "--device", args.device]
-        words += ["--check-every", str(args.check_every), "--out", str(phase_folder(args, name, k))]
+        words = ["train", str(ASSETS / "denoiser.safetensors"), "--disc-lr", "1e-3", "--ema", "0.98", *flags.split()]
+        if "--adversarial 0" in flags:
+            words += ["--teacher-folder", str(args.out / "teacher"), "--accelerate", "compile"]
+        else:
+            words += ["--data", str(args.data), "--base", str(ASSETS / "prior.safetensors")]
+        words += ["--batch", str(args.batch), "--minutes", str(args.minutes), "--clock", args.clock]
+        words += ["--device", args.device, "--check-every", str(args.check_every)]
+        words += ["--out", str(phase_folder(args, name, k))]
         commands.append(words if k == 0 else [*words, "--start", str(phase_folder(args, name, k - 1))])
     return commands
 
@@ -118,18 +135,30 @@ class Bench:
             )
         return load_file(path)["x"]
 
+    def accelerated(self, prior) -> ExitStack:
+        """A context in which denoiser and prior are faster, and equal to rounding."""
+        stack = ExitStack()
+        for network in {self.checkpoint.model, getattr(prior, "network", None)} - {None}:
+            stack.enter_context(accelerate(network, precision="compile"))
+        return stack
+
     def draw(self, prior, budget: int, objective: str) -> torch.Tensor:
         settings = {"objective": objective, "batch": 100, "device": self.device, "disable": True}
-        x = tdpm.sample(self.checkpoint.model, prior, steps=budget, seed=self.seeds, extra_args=self.extra, **settings)
+        with self.accelerated(prior):
+            model = self.checkpoint.model
+            x = tdpm.sample(model, prior, steps=budget, seed=self.seeds, extra_args=self.extra, **settings)
         return x.cpu()
 
 
-def planned(bench: Bench, folder: Path):
-    """The arm's prior with plans; kept in ``NAME/planned.safetensors``."""
-    path, source = folder / "planned.safetensors", folder / "prior.safetensors"
-    if path.exists() and path.stat().st_mtime > source.stat().st_mtime:
-        return tdpm.load_prior(path, bench.device).bind(bench.checkpoint.model, bench.checkpoint.fingerprint)
-    prior = tdpm.load_prior(source, bench.device).bind(bench.checkpoint.model, bench.checkpoint.fingerprint)
+def planned(bench: Bench, folder: Path, part: str):
+    """The arm's prior, or the closed form it starts from, with plans; kept in ``NAME/planned-PART.safetensors``."""
+    path, source = folder / f"planned-{part}.safetensors", folder / f"{part}.safetensors"
+    known = path.exists() and path.stat().st_mtime > source.stat().st_mtime
+    prior = tdpm.load_prior(path if known else source, bench.device)
+    if prior.prior_nfe:
+        prior.bind(bench.checkpoint.model, bench.checkpoint.fingerprint)
+    if known:
+        return prior
     data = load_pictures(bench.args.data, limit=5000)
     classes = bench.checkpoint.num_classes
     for objective in ("fidelity",) if prior.coupled else ("quality",):
@@ -137,15 +166,29 @@ def planned(bench: Bench, folder: Path):
         missing = [b for b in BUDGETS if b - prior.prior_nfe not in trained]
         if missing:
             settings = {"objective": objective, "num_classes": classes, "progress": False}
-            tdpm.calibrate(prior, bench.checkpoint.model, missing, data=data, **settings)
+            settings |= {"samples": 128} if objective == "fidelity" and prior.prior_nfe else {}
+            with bench.accelerated(prior):
+                tdpm.calibrate(prior, bench.checkpoint.model, missing, data=data, **settings)
     tdpm.save_prior(prior, path)
     return prior
 
 
-def judged(bench: Bench, name: str) -> dict:
-    """One arm: its prior's facts and a row per budget and objective."""
+@torch.no_grad()
+def call_share(bench: Bench, prior) -> float:
+    """Time of the prior's network over that of one denoiser call for the same pictures, neither accelerated."""
+    z = noise_for(bench.seeds[:32], bench.checkpoint.shape).to(bench.device)
+    cond = {"class_cond": bench.extra["class_cond"][: len(z)]}
+    start, sigma = prior.begin(z, **cond), z.new_full([len(z)], prior.sigma_init)
+    calls = {"prior": lambda: prior.emit(start, **cond), "own": lambda: bench.checkpoint.model(start.x, sigma, **cond)}
+    times = interleave(calls, Clock(bench.device), rounds=5, warmup=1)
+    return min(times["prior"]) / min(times["own"])
+
+
+def judged(bench: Bench, name: str, part: str) -> dict:
+    """One arm (part "prior"), or the closed form that it starts from ("base"): facts, and a row per budget and
+    objective."""
     folder = phase_folder(bench.args, name)
-    prior = planned(bench, folder)
+    prior = planned(bench, folder, part)
     rows = []
     for objective in sorted(prior.plans):
         for budget in BUDGETS:
@@ -155,30 +198,29 @@ def judged(bench: Bench, name: str) -> dict:
             row = {"objective": objective, "budget": budget, "nfe": plan.steps, "prior_nfe": prior.prior_nfe}
             row |= {"sigmas": list(plan.sigmas), "rmse": metrics.paired_rmse(x[: len(bench.own)], bench.own)}
             rows.append(row | {"measures": {key: records.estimate(value) for key, value in found.items()}})
-    card = prior.card
+    card = {"added_parameters": 0, "steps": 0, "minutes": 0.0, **prior.card}
     facts = {key: card[key] for key in ("added_parameters", "steps", "minutes", "pictures")}
     denoiser = sum(p.numel() for p in bench.checkpoint.model.parameters())
-    facts |= {"kind": prior.kind, "bytes": (folder / "planned.safetensors").stat().st_size}
+    facts |= {"kind": prior.kind, "bytes": (folder / f"planned-{part}.safetensors").stat().st_size}
     facts["added_share"] = card["added_parameters"] / denoiser
-    return {
-        "arm": name,
-        "flags": ARMS[name] if isinstance(ARMS[name], str) else "; then ".join(ARMS[name]),
-        **facts,
-        "rows": rows,
-    }
+    facts["call_share"] = call_share(bench, prior) if prior.prior_nfe else 0.0
+    flags = ARMS[name] if isinstance(ARMS[name], str) else "; then ".join(ARMS[name])
+    return {"arm": name if part == "prior" else f"{name}, its base alone", "flags": flags, **facts, "rows": rows}
 
 
 def judge(args: argparse.Namespace) -> None:
     """Judge every trained arm; with ``--json``, all of them in one record."""
     args.out.mkdir(parents=True, exist_ok=True)
     bench, arms = Bench(args), []
-    for name in [n for n in args.only if (phase_folder(args, n) / "prior.safetensors").exists()]:
+    parts = [(name, part) for name in args.only for part in ("base", "prior")]
+    for name, part in parts:
         folder = phase_folder(args, name)
-        of = f"{args.first_seed}-{args.samples}-{args.reference}"
-        kept, prior = folder / f"judged-{of}.json", folder / "prior.safetensors"
-        fresh = kept.exists() and kept.stat().st_mtime > prior.stat().st_mtime
-        if not fresh:
-            kept.write_text(json.dumps(judged(bench, name)))
+        prior = folder / f"{part}.safetensors"
+        kept = folder / f"judged-{part}-{args.first_seed}-{args.samples}-{args.reference}.json"
+        if not prior.exists():
+            continue
+        if not kept.exists() or kept.stat().st_mtime < prior.stat().st_mtime:
+            kept.write_text(json.dumps(judged(bench, name, part)))
         arms.append(json.loads(kept.read_text()))
     own, others = known()
     print(table(arms, own, others))
@@ -202,21 +244,23 @@ def table(arms: list[dict], own: dict, others: list[dict]) -> str:
     """Markdown: one line per arm, budget and objective, after the lines that they are compared with."""
     long = f"Own 60-evaluation run: FD {own['fd']:.2f}, coverage {own['coverage']:.3f}, recall {own['recall']:.3f}"
     lines = [long, "",
-             "| prior | added parameters | objective | evaluations | FD | coverage, recall (own run = 1) | rmse |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| prior | added parameters | objective | evaluations | FD | coverage, recall (own run = 1) | rmse "
+             "| its call / the denoiser's |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     names = {"tdpm": "closed form", "rival": "tuned k-diffusion"}
     for row in others:
         who, objective = row["arm"].split(":")
         share = [row[key] / own[key] for key in ("coverage", "recall")]
         cells = (names[who], "", objective, str(row["budget"]), f"{row['fd']:.2f}")
-        lines.append(f"| {' | '.join(cells)} | {share[0]:.2f}, {share[1]:.2f} | {row['rmse']:.3f} |")
+        lines.append(f"| {' | '.join(cells)} | {share[0]:.2f}, {share[1]:.2f} | {row['rmse']:.3f} | |")
     for arm in arms:
         for row in arm["rows"]:
             m = row["measures"]
             share = [m[key]["mean"] / own[key] for key in ("coverage", "recall")]
             fd = f"{m['fd']['mean']:.2f} ± {m['fd']['sd'] or 0:.2f}"
             cells = (arm["arm"], f"{arm['added_share']:.1%}", row["objective"], str(row["budget"]), fd)
-            lines.append(f"| {' | '.join(cells)} | {share[0]:.2f}, {share[1]:.2f} | {row['rmse']:.3f} |")
+            cells = (*cells, f"{share[0]:.2f}, {share[1]:.2f}", f"{row['rmse']:.3f}", f"{arm['call_share']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -229,6 +273,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "learned")
     parser.add_argument("--minutes", type=float, default=30, help="of training per phase and call (default 30)")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="of --minutes, as of `tdpm train`")
     parser.add_argument("--jobs", type=int, default=1, help="arms at a time (default 1)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--check-every", type=int, default=100)

@@ -143,7 +143,7 @@ def build(args: argparse.Namespace) -> Study:
     judge = judging.Judge.for_set(args.name)
     opened = tdpm.open_checkpoint(folder / "denoiser.safetensors", args.device)
     priors, digests = open_priors(args, judge, opened.fingerprint, opened.model)
-    accelerate(opened.model)  # equal to rounding
+    accelerate(opened.model, precision="compile")  # the same to rounding
     judge.net.to(device)
     labels = judge.real.labels if opened.num_classes else None
     drawer = Drawer(opened.model, opened.shape, opened.num_classes, labels, None, device)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from benchmarks.figures import label_ends, plain, save, style
 
-LOOKS = {  # by kind: colour, line, marker
+LOOKS = {  # by name, else by kind: colour, line, marker
+    "regression": ("#e69138", "--", "v"),
     "gaussian": ("#38761d", "-", "s"),
     "lowrank": ("#7f3f98", "-", "^"),
     "mixture": ("#0b5394", "-", "o"),
@@ -54,7 +55,7 @@ def _lines(record: dict, axis, figure, schedule: str, measure: str) -> None:
         own = sorted((p for p in record["points"] if (p["prior"], p["schedule"]) == (name, schedule)),
                      key=lambda p: p["sigma_trunc"])  # fmt: skip
         if own:
-            color, dash, marker = LOOKS.get(own[0]["kind"], ("black", "-", "*"))
+            color, dash, marker = LOOKS.get(name) or LOOKS.get(own[0]["kind"], ("black", "-", "*"))
             x, y = [p["sigma_trunc"] for p in own], [p["measures"][measure]["mean"] for p in own]
             sd = [p["measures"][measure]["sd"] or 0.0 for p in own]
             axis.errorbar(x, y, sd, color=color, linestyle=dash, marker=marker, markersize=4.5, elinewidth=0.7)

@@ -2,8 +2,8 @@
 
 `fidelity` wants the picture that the untruncated checkpoint gives from the same seed: candidates are tried on a
 stand-in made of reference trajectories, the best on the checkpoint itself. `quality` wants pictures that are
-distributed like the data: short runs are compared with pictures by a Frechet distance in the checkpoint's own
-activations, or in fixed random features where it shows none.
+distributed like the data: short runs are compared with pictures by Frechet distances in fixed random features and in
+the checkpoint's own activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from tdpm_ext.distance import MOST, FeatureDistance, as_seen_by
+from tdpm_ext.distance import MOST, AsSeenBy, FeatureDistance
 from tdpm_ext.pictures import class_sequence, load_pictures
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
@@ -60,8 +60,8 @@ def calibrate(
         data: pictures in the form `fit_prior` takes.
         num_classes: sample with ``class_cond`` running through the classes, for ``quality`` in the proportions of
             ``data`` where it has labels; 0: unconditionally.
-        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: the model's own activations,
-            or fixed random convolutions where it shows none.
+        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions and
+            the model's own activations, where it shows any.
         samples: seeds used (default 48 for fidelity; 384 for quality, half of them beyond 4 evaluations).
 
     Raises:
@@ -92,8 +92,8 @@ def calibrate(
         plans = _fidelity(job, budgets)
     else:
         first = rows_of(extra_args or {}, slice(1), samples)  # one condition for all: only the pictures shall differ
-        own_eyes = as_seen_by(model, data, first, batch=batch, seed=seed) if features is None else None
-        plans = _quality(job, budgets, own_eyes or FeatureDistance(data, features, seed=seed))
+        given = features and FeatureDistance(data, features)
+        plans = _quality(job, budgets, given or AsSeenBy(model, data, first, batch=batch, seed=seed))
     prior.plans[objective] = {**prior.plans.get(objective, {}), **plans}
     prior.card["calibrated_cond_scale"] = float(extra.get("cond_scale", 1.0))
     return prior
@@ -168,6 +168,8 @@ def _fidelity(job: _Job, budgets: list[int]) -> dict[int, Plan]:
         errors = [rmse(x[held], trajectories.final[held]) for _, x in final]
         best = min(range(len(final)), key=errors.__getitem__)
         plans[budget] = replace(final[best][0], error=errors[best])
+        if prior.prior_nfe:  # the stand-in knows nothing of a network's own error: its ranking is only a beginning
+            plans[budget] = _walk(job, trajectories, held, [plans[budget], *(plan for _, plan in scored)])
     return plans
 
 
@@ -212,9 +214,10 @@ def _descend(score: Callable[[Plan], float], value: float, plan: Plan, rounds: i
 
 def _moved(plan: Plan, i: int, factor: float) -> Plan | None:
     sigma = plan.sigmas[i] * factor
-    if not plan.sigmas[i + 1] * 1.05 < sigma < plan.sigmas[i - 1] / 1.05:
+    if not plan.sigmas[i + 1] * 1.05 < sigma < (plan.sigmas[i - 1] / 1.05 if i else math.inf):
         return None
-    return Plan(tuple(sigma if j == i else s for j, s in enumerate(plan.sigmas)), plan.orders, plan.history)
+    history = plan.history if i else tuple(h * factor for h in plan.history)
+    return Plan(tuple(sigma if j == i else s for j, s in enumerate(plan.sigmas)), plan.orders, history)
 
 
 def _polish(job: _Job, target: torch.Tensor, value: float, plan: Plan) -> tuple[float, Plan]:
@@ -223,6 +226,28 @@ def _polish(job: _Job, target: torch.Tensor, value: float, plan: Plan) -> tuple[
         if trial and job.prior.may_cut(trial.sigma_trunc) and (new := rmse(job.run(trial), target)) < value:
             value, plan = new, trial
     return value, plan
+
+
+def _walk(job: _Job, trajectories: Trajectories, held: slice, plans: list[Plan]) -> Plan:
+    """From the best of ``plans`` (the first one's error is known) along one level at a time, weights fitted anew."""
+    best, tried = plans[0], set()
+
+    def attempt(plan: Plan | None) -> None:
+        nonlocal best
+        if plan is None or plan.sigmas in tried or not job.prior.may_cut(plan.sigma_trunc):
+            return
+        tried.add(plan.sigmas)
+        if fitted := _fit_weights(job, trajectories, plan):
+            error = rmse(fitted[1][held], trajectories.final[held])
+            best = replace(fitted[0], error=error) if error < best.error else best
+
+    for plan in plans:
+        attempt(plan)
+    for factor in (1.3, 1.3, 1.12):
+        for i in range(best.steps):
+            for share in (factor, 1 / factor):
+                attempt(_moved(best, i, share))
+    return best
 
 
 def _fit_weights(job: _Job, trajectories: Trajectories, plan: Plan) -> tuple[Plan, torch.Tensor] | None:
@@ -272,7 +297,7 @@ def _scaled(plan: Plan, factor: float, keep: int) -> Plan | None:
 # -- quality -------------------------------------------------------------------------------------------------------
 
 
-def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[int, Plan]:
+def _quality(job: _Job, budgets: list[int], distance: FeatureDistance | AsSeenBy) -> dict[int, Plan]:
     """Cut and last sigma of least distance to pictures, started from the neighbouring budget's."""
     std = max(distance.std, job.sigma_min)
     plans: dict[int, Plan] = {}
@@ -292,7 +317,7 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
     return plans
 
 
-def _scorer(job: _Job, distance: FeatureDistance, budget: int) -> Callable[[Point], float]:
+def _scorer(job: _Job, distance: FeatureDistance | AsSeenBy, budget: int) -> Callable[[Point], float]:
     """(cut, last sigma) -> distance of what that plan draws; infinite where there is no such plan."""
     known: dict[tuple[float, ...], float] = {}  # by sigmas: with one evaluation the last sigma is the cut
 

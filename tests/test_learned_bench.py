@@ -29,7 +29,14 @@ def arm(fd: float) -> dict:
     found = {key: records.estimate(Estimate(fd if key == "fd" else 0.8, 0.1)) for key in MEASURES}
     row = {"objective": "quality", "budget": 2, "nfe": 1, "prior_nfe": 1, "sigmas": [0.2, 0.0], "rmse": 0.1}
     facts = {"kind": "shared", "bytes": 1, "steps": 1, "minutes": 1.0, "pictures": 5000, "added_parameters": 0}
-    return {"arm": "shared", "flags": "", **facts, "added_share": 0.0, "rows": [{**row, "measures": found}]}
+    return {
+        "arm": "shared",
+        "flags": "",
+        **facts,
+        "added_share": 0.0,
+        "call_share": 1.0,
+        "rows": [{**row, "measures": found}],
+    }
 
 
 def test_the_table_sets_an_arm_beside_what_it_has_to_beat():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tdpm_ext as tdpm
+from tdpm_ext.decide import seeded_noise
 from tdpm_ext.pictures import Pictures
 from tdpm_ext.plan import Plan
 from tdpm_ext.priors import GeneratorPrior, RawPrior, SharedPrior, SourcePrior
@@ -23,6 +25,7 @@ from tdpm_ext.priors.base import HISTORY_RATIO
 from tdpm_ext.priors.io import KEY, PriorFileError
 from tdpm_ext.priors.learned import shuffled
 from tdpm_ext.priors.networks import Generator
+from tdpm_ext.schedule import karras
 from tdpm_ext.solver import solve
 from tests.tiny_denoiser import CLASSES, SHAPE, tiny_base, tiny_checkpoint, tiny_pictures
 
@@ -246,6 +249,15 @@ def test_calibration_counts_the_priors_call_and_stays_in_reach():
             tdpm.calibrate(prior, CHECKPOINT.model, (1,), **settings)
 
 
+def test_calibration_goes_on_from_what_the_stand_in_ranks_first(monkeypatch):
+    prior, settings = make("shared", "kept"), {"num_classes": CLASSES, "samples": 8, "progress": False}
+    tdpm.calibrate(prior, CHECKPOINT.model, (3,), **settings)
+    found = prior.plans["fidelity"][2].error
+    monkeypatch.setattr(sys.modules["tdpm_ext.calibrate"], "_walk", lambda job, trajectories, held, plans: plans[0])
+    tdpm.calibrate(prior, CHECKPOINT.model, (3,), **settings)
+    assert found < prior.plans["fidelity"][2].error
+
+
 def test_calibration_cuts_where_training_has_looked():
     prior, (images, classes) = make("shared"), tiny_pictures()
     data = Pictures(images, classes, [str(k) for k in range(CLASSES)])
@@ -280,6 +292,21 @@ def test_the_shipped_learned_prior_belongs_to_the_shipped_checkpoint():
     extra = {"class_cond": torch.arange(10)}
     x = tdpm.sample(checkpoint.model, prior, steps=2, seed=list(range(10)), extra_args=extra, objective="quality")
     assert x.abs().max() < 1.5 and x.std() > 0.4  # pictures in [-1, 1], neither noise nor grey
+
+
+def test_the_shipped_regression_prior_is_nearer_to_the_checkpoints_own_pictures_than_the_closed_form():
+    checkpoint = tdpm.open_checkpoint("assets/fashion-mnist/denoiser.safetensors")
+    files = ("prior-regression", "prior")
+    learned, closed = (tdpm.load_prior(f"assets/fashion-mnist/{name}.safetensors") for name in files)
+    learned.bind(checkpoint.model, checkpoint.fingerprint)
+    assert learned.coupled and learned.card["added_parameters"] == 0
+    seeds, extra = list(range(200, 220)), {"class_cond": torch.arange(20) % 10}
+    z, levels = seeded_noise(checkpoint.shape, seeds), karras(30, 80.0, 0.02)
+    own = solve(checkpoint.model, 80.0 * z, levels, extra, None, True)
+    settings = {"seed": seeds, "extra_args": extra, "objective": "fidelity", "disable": True}
+    for steps in (2, 3):
+        near, far = (tdpm.sample(checkpoint.model, p, steps=steps, **settings) - own for p in (learned, closed))
+        assert near.square().mean() < 0.8 * far.square().mean()
 
 
 @pytest.mark.parametrize(
