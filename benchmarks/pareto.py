@@ -14,6 +14,7 @@ finished is kept in WORK, so that the same command goes on after an interruption
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE] + [str(R
 
 import tdpm_ext as tdpm  # noqa: E402
 from benchmarks import diffusers_rivals, figures, frontier, judging, metrics, records, timing  # noqa: E402
-from benchmarks.contest import JUDGED_SEED, SEARCH_SEED, Contest, kept_as  # noqa: E402
+from benchmarks.contest import JUDGED_SEED, SEARCH_SEED, Contest, Lines, kept_as  # noqa: E402
 from benchmarks.drawing import TDPM, Drawer, Request  # noqa: E402
 from benchmarks.samplers import SAMPLERS  # noqa: E402
 from benchmarks.search import Search  # noqa: E402
@@ -123,14 +124,17 @@ def same_seed_grid(bench: Contest, points: list[dict]):
 def second_opinion(bench: Contest, rows: list[dict], points: list[dict], features: str) -> dict:
     """The points of the verdict under another feature network; adds ``second`` to each row, returns name and floor."""
     net, name = judging.load_net(features)
-    judge, known = replace(bench.judge, net=net.to(bench.drawer.device), name=name), {}
+    judge, kept = replace(bench.judge, net=net.to(bench.drawer.device), name=name), Lines(bench.work / "second.jsonl")
 
     def fd(arm: str) -> metrics.Estimate:
-        if arm not in known:
-            request = Request.from_json(next(p for p in points if p["arm"] == arm)["request"])
-            x = bench.pictures(request, kept_as(arm))[0]
-            known[arm] = judge.over_blocks(judge.features(x), bench.args.blocks)["fd"]
-        return known[arm]
+        request = Request.from_json(next(p for p in points if p["arm"] == arm)["request"])
+        key = json.dumps([name, arm, bench.args.blocks, bench.args.samples, bench.identity(request)], sort_keys=True)
+
+        def measure() -> dict:
+            features = judge.features(bench.pictures(request, kept_as(arm))[0])
+            return records.estimate(judge.over_blocks(features, bench.args.blocks)["fd"])
+
+        return frontier.estimate({"measures": {"fd": kept.get(key, measure)}})
 
     for row in rows:
         ours, rival = fd(row["ours"]), fd(row["rival"])

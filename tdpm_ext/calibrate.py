@@ -2,8 +2,8 @@
 
 `fidelity` wants the picture that the untruncated checkpoint gives from the same seed: candidates are tried on a
 stand-in made of reference trajectories, the best on the checkpoint itself. `quality` wants pictures that are
-distributed like the data: short runs are compared with pictures by a Frechet distance in the checkpoint's own
-activations, or in fixed random features where it shows none.
+distributed like the data: short runs are compared with pictures by Frechet distances in fixed random features and in
+the checkpoint's own activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from tdpm_ext.distance import MOST, FeatureDistance, as_seen_by
+from tdpm_ext.distance import MOST, AsSeenBy, FeatureDistance
 from tdpm_ext.pictures import class_sequence, load_pictures
 from tdpm_ext.plan import MAX_WEIGHT, Plan
 from tdpm_ext.priors.base import ImplicitPrior
@@ -60,8 +60,8 @@ def calibrate(
         data: pictures in the form `fit_prior` takes.
         num_classes: sample with ``class_cond`` running through the classes, for ``quality`` in the proportions of
             ``data`` where it has labels; 0: unconditionally.
-        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: the model's own activations,
-            or fixed random convolutions where it shows none.
+        features: maps pictures [B, *shape] to vectors [B, F] for ``quality``; default: fixed random convolutions and
+            the model's own activations, where it shows any.
         samples: seeds used (default 48 for fidelity; 384 for quality, half of them beyond 4 evaluations).
 
     Raises:
@@ -92,8 +92,8 @@ def calibrate(
         plans = _fidelity(job, budgets)
     else:
         first = rows_of(extra_args or {}, slice(1), samples)  # one condition for all: only the pictures shall differ
-        own_eyes = as_seen_by(model, data, first, batch=batch, seed=seed) if features is None else None
-        plans = _quality(job, budgets, own_eyes or FeatureDistance(data, features, seed=seed))
+        given = features and FeatureDistance(data, features)
+        plans = _quality(job, budgets, given or AsSeenBy(model, data, first, batch=batch, seed=seed))
     prior.plans[objective] = {**prior.plans.get(objective, {}), **plans}
     prior.card["calibrated_cond_scale"] = float(extra.get("cond_scale", 1.0))
     return prior
@@ -297,7 +297,7 @@ def _scaled(plan: Plan, factor: float, keep: int) -> Plan | None:
 # -- quality -------------------------------------------------------------------------------------------------------
 
 
-def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[int, Plan]:
+def _quality(job: _Job, budgets: list[int], distance: FeatureDistance | AsSeenBy) -> dict[int, Plan]:
     """Cut and last sigma of least distance to pictures, started from the neighbouring budget's."""
     std = max(distance.std, job.sigma_min)
     plans: dict[int, Plan] = {}
@@ -317,7 +317,7 @@ def _quality(job: _Job, budgets: list[int], distance: FeatureDistance) -> dict[i
     return plans
 
 
-def _scorer(job: _Job, distance: FeatureDistance, budget: int) -> Callable[[Point], float]:
+def _scorer(job: _Job, distance: FeatureDistance | AsSeenBy, budget: int) -> Callable[[Point], float]:
     """(cut, last sigma) -> distance of what that plan draws; infinite where there is no such plan."""
     known: dict[tuple[float, ...], float] = {}  # by sigmas: with one evaluation the last sigma is the cut
 

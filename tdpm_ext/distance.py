@@ -1,12 +1,13 @@
 """A distance between sets of pictures for calibration: Frechet, in fixed random features unless better are given.
 
-Random convolutions see edges, textures and their placement, and need no weights. Calibration gives the activations of
-the checkpoint itself where it shows any (activations.py), which rank plans better. Neither is a network that the
+Random convolutions see edges, textures and their placement, and need no weights. Calibration multiplies their distance
+by one in the activations of the checkpoint itself, where it shows any (activations.py). Neither is a network that the
 benchmarks judge with.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,16 +109,27 @@ class FeatureDistance:
         return frechet(projected.mean(0), torch.cov(projected.T), *self.target)
 
 
-def as_seen_by(model: Callable, data, extra: dict | None = None, *, batch: int = 64, seed: int = 0) -> FeatureDistance:
-    """The distance in the denoiser's own activations, or in random features where it shows none.
+class AsSeenBy:
+    """The geometric mean of the distances in random features and in a denoiser's own activations.
+
+    Activations tell best where to cut, random features best when the prior's own draw still shows. A product needs
+    no unit that the two would share. Of a denoiser that shows no activations, random features alone.
 
     Args:
         extra: conditions of one picture, [1, ...]; guidance among them is left out: one evaluation a picture will do.
     """
-    x = some_pictures(data)
-    extra = {k: v for k, v in (extra or {}).items() if k != "cond_scale"}
-    seen = activations_of(model, max(LOOK * spread(x), 1e-3), x.shape[1:], extra, batch=batch, seed=seed)
-    return FeatureDistance(x, seen, seed=seed, whitened=seen is None)
+
+    def __init__(self, model: Callable, data, extra: dict | None = None, *, batch: int = 64, seed: int = 0):
+        x = some_pictures(data)
+        self.views = [FeatureDistance(x, seed=seed)]
+        self.std = self.views[0].std
+        extra = {k: v for k, v in (extra or {}).items() if k != "cond_scale"}
+        seen = activations_of(model, max(LOOK * self.std, 1e-3), x.shape[1:], extra, batch=batch, seed=seed)
+        if seen is not None:
+            self.views.append(FeatureDistance(x, seen, whitened=False))
+
+    def __call__(self, samples: torch.Tensor) -> float:
+        return math.prod(view(samples) for view in self.views) ** (1 / len(self.views))
 
 
 def some_pictures(data) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdpm_ext.distance import KEPT, FeatureDistance, RandomFeatures, as_seen_by, frechet
+from tdpm_ext.distance import KEPT, AsSeenBy, FeatureDistance, RandomFeatures, frechet
 
 
 def pictures(count=600, shape=(1, 8, 8), seed=0):
@@ -141,9 +141,23 @@ def test_axes_weigh_as_much_as_they_vary_unless_they_are_whitened():
     assert moved(False, -1.0) == pytest.approx(moved(False, 1.0), rel=0.1)
 
 
-def test_a_denoiser_without_blocks_sees_through_random_features():
+class Blocks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Conv2d(1, 8, 3)])
+
+    def forward(self, x, sigma):
+        self.blocks[0](x)
+        return x
+
+
+def test_a_denoiser_sees_through_random_features_and_through_its_own_blocks():
     x, probe = pictures(), pictures(200, seed=3)
-    assert as_seen_by(lambda x, sigma: x, x)(probe) == pytest.approx(FeatureDistance(x)(probe))
+    plain = FeatureDistance(x)(probe)
+    assert AsSeenBy(lambda x, sigma: x, x)(probe) == pytest.approx(plain)  # it shows no blocks
+    both = AsSeenBy(Blocks(), x)
+    assert len(both.views) == 2 and both.std == FeatureDistance(x).std
+    assert both(probe) == pytest.approx((plain * both.views[1](probe)) ** 0.5)
 
 
 def test_features_that_never_vary_do_no_harm():

@@ -168,6 +168,7 @@ def test_a_second_run_draws_nothing_again_and_figures_come_from_the_record_alone
     out, words = small
     first = records.read(out / "frontier.json")
     monkeypatch.setattr(Drawer, "draw", None)
+    monkeypatch.setattr(pareto.judging.Judge, "over_blocks", None)  # nor is anything judged again, by either judge
     assert (
         pareto.main(
             [
