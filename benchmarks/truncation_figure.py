@@ -70,10 +70,11 @@ def _lines(record: dict, axis, figure, schedule: str, measure: str) -> None:
 
 
 def _marks(record: dict, axis, words: bool) -> None:
-    for mark in record["marks"]:
+    sides = ("center", "right", "left")  # the second and the third stand near each other
+    for mark, side in zip(record["marks"], sides, strict=False):
         axis.axvline(mark["sigma"], color="#bbbbbb", linewidth=0.8, zorder=0)
         if words:
-            axis.text(mark["sigma"], 1.01, f"T = {mark['step']}", transform=axis.get_xaxis_transform(), ha="center",
+            axis.text(mark["sigma"], 1.01, f"T = {mark['step']}", transform=axis.get_xaxis_transform(), ha=side,
                       fontsize=7)  # fmt: skip
 
 
