@@ -6,7 +6,7 @@
 Needs out/tldm (``recipes/build_tldm.py``, ``recipes/embed_captions.py``) and the auto-encoder. Priors are fitted from
 the denoiser under training captions and the guidance that is used, and calibrated for it; ``--prior FILE`` takes a
 finished one, closed or learned. Rivals are tuned for every count by the two scores that calibration looks at: rmse to
-the long run, and a distance of latents in the denoiser's own activations (with the ideal one: in random features).
+the long run, and a distance of latents in random features and in the denoiser's own activations, where it shows any.
 ``ddim`` is 250 steps of Euler's method, which is DDIM without noise: the paper's baseline, not a rival. Everything is
 judged on held-out captions: FD-EffLite0-mid112 with its floor, coverage and recall, alignment with its chance, rmse of
 pictures to the model's own 60-evaluation run from the same seeds. ``nfe`` counts evaluations; with guidance each is two

