@@ -215,9 +215,13 @@ def test_one_command_judges_every_arm_and_goes_on_where_it_stopped(tmp_path, cap
     capsys.readouterr()
     assert tldm.main(["--table", str(tmp_path / "r.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        len(lines) == 5 and lines[2].startswith("| own run (dpmpp_2m) | 60 |") and lines[4].startswith("| tdpm, `text_")
+    starts = (
+        "| own run (dpmpp_2m) | 60 |",
+        "| best tuned: ",
+        "| tdpm, `text_lowrank`, ",
+        "| tdpm, `text_lowrank@data`, ",
     )
+    assert len(lines) == 6 and all(line.startswith(start) for line, start in zip(lines[2:], starts, strict=True))
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}
     (tmp_path / "work" / "own-60.safetensors").unlink()
     path = tmp_path / "work" / "prior-text_lowrank.safetensors"
