@@ -340,5 +340,7 @@ def test_what_is_shipped_for_text_belongs_together_and_is_small():
     assert checkpoint.config["text"]["vae"] == vae_fingerprint(load_vae(ASSETS / "vae.safetensors"))
     prior = load_prior(ASSETS / "prior.safetensors", expect_shape=(4, 16, 16), expect_checkpoint=checkpoint.fingerprint)
     assert all({2, 3, 4, 6} <= prior.plans[objective].keys() for objective in ("fidelity", "quality"))
+    learned = load_prior(ASSETS / "prior-shared.safetensors", expect_checkpoint=checkpoint.fingerprint)
+    assert learned.kind == "shared" and {1, 2, 3, 5} <= learned.plans["fidelity"].keys()
     sizes = {name: (ASSETS / f"{name}.safetensors").stat().st_size for name in ("denoiser", "prior", "vae")}
     assert sizes["denoiser"] <= 10e6 and sizes["prior"] <= 8e6 and sizes["vae"] <= 6e6
