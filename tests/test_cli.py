@@ -432,11 +432,14 @@ def interrupted(capsys, reached, *argv):
                 os.kill(os.getpid(), signal.SIGINT)
                 return
 
+    # a shell starts what it puts into the background deaf to SIGINT, and the tests may run there
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=watch, daemon=True).start()
     try:
         error = one_line_error(capsys, *argv, code=130)
     finally:
         over.set()
+        signal.signal(signal.SIGINT, before)
     assert error.startswith(f"tdpm {argv[0]}: interrupted")
 
 
