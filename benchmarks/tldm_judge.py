@@ -98,9 +98,12 @@ def table(result: dict) -> str:
             least[at] = row
     lines = ["| | evaluations | FD | coverage, recall | R@1, R@10 | rmse |", "|---|---|---|---|---|---|"]
     for row in least.values():
-        name = {"own": "own run (dpmpp_2m)", "ddim": "DDIM, 250 steps"}
-        name["tdpm"] = f"tdpm, `{row.get('prior')}`, {row.get('objective')}"
-        name = name.get(row["arm"], f"best tuned: {row.get('sampler')}")
+        name = {
+            "own": "own run (dpmpp_2m)",
+            "ddim": "DDIM, 250 steps",
+            "rival": f"best tuned: {row.get('sampler')}",
+            "tdpm": f"tdpm, `{row.get('prior')}`, {row.get('objective')}",
+        }[row["arm"]]
         lines.append(
             f"| {name} | {row['nfe']} | {row['fd']:.2f} | {row['coverage']:.2f}, {row['recall']:.2f} | "
             f"{row['r1']:.3f}, {row['r10']:.3f} | {row['rmse']:.3f} |"

@@ -7,6 +7,7 @@ benchmarks judge with.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from tdpm_ext.activations import activations_of
 from tdpm_ext.pictures import Pictures, load_pictures, spread_over
 from tdpm_ext.priors.moments import Batches
 
+log = logging.getLogger("tdpm_ext")
 KEPT = 64  # leading feature axes in which the distance is taken
 FLAT = 1e-5  # of the widest axis's variance: along narrower ones the features do not vary
 MOST = 5000  # pictures that the target is made of
@@ -125,7 +127,9 @@ class AsSeenBy:
         self.std = self.views[0].std
         extra = {k: v for k, v in (extra or {}).items() if k != "cond_scale"}
         seen = activations_of(model, max(LOOK * self.std, 1e-3), x.shape[1:], extra, batch=batch, seed=seed)
-        if seen is not None:
+        if seen is None:
+            log.info("this denoiser shows no activations of its blocks: pictures are compared in random features alone")
+        else:
             self.views.append(FeatureDistance(x, seen, whitened=False))
 
     def __call__(self, samples: torch.Tensor) -> float:

@@ -151,10 +151,12 @@ class Blocks(torch.nn.Module):
         return x
 
 
-def test_a_denoiser_sees_through_random_features_and_through_its_own_blocks():
+def test_a_denoiser_sees_through_random_features_and_through_its_own_blocks(caplog):
     x, probe = pictures(), pictures(200, seed=3)
     plain = FeatureDistance(x)(probe)
-    assert AsSeenBy(lambda x, sigma: x, x)(probe) == pytest.approx(plain)  # it shows no blocks
+    with caplog.at_level("INFO", logger="tdpm_ext"):
+        assert AsSeenBy(lambda x, sigma: x, x)(probe) == pytest.approx(plain)  # it shows no blocks
+    assert "random features alone" in caplog.text
     both = AsSeenBy(Blocks(), x)
     assert len(both.views) == 2 and both.std == FeatureDistance(x).std
     assert both(probe) == pytest.approx((plain * both.views[1](probe)) ** 0.5)
